@@ -1,0 +1,398 @@
+"""Local SGD: the engine behind the callback and the optimizer.
+
+Stich (2018), Algorithm 1; Yu, Yang & Zhu (2018), parallel restarted SGD. Every rank k of K keeps its own weights:
+
+    local step      x_k <- x_k - eta_t grad f_i(x_k)                    (the Keras optimizer's business)
+    t + 1 in I_T    x_k <- 1/K sum_j x_j                                (``synchronise``)
+
+What surrounds the average in ``synchronise`` keeps ranks together that have different amounts of data: each rank
+has a *position*, which only grows. ``meet`` takes part in everybody's syncs, with weight zero where it took no
+steps, until all ranks are as far as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from hvd_localsgd import failures, header, variables
+from hvd_localsgd.communicators import Communicator
+from hvd_localsgd.schedules import Schedule
+from hvd_localsgd.timing import Round, Stopwatch, Timings
+
+Weighting = Literal["equal", "samples"]
+OptimizerState = Literal["keep", "average", "reset"]
+
+FINISHED = math.inf
+_BEGIN = -1.0
+CHUNK_BYTES = 2 << 20  # stays in cache between pack, allreduce and unpack (docs/performance.md)
+DRIFT_SAMPLE = 1 << 20  # elements; the drift of larger models is estimated from evenly spread chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What both front ends let the user choose, validated.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+
+    schedule: Schedule
+    optimizer_state: OptimizerState = "keep"
+    weighting: Weighting = "equal"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("optimizer_state", ("keep", "average", "reset")),
+            ("weighting", ("equal", "samples")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}. Received: {getattr(self, name)!r}")
+
+
+class LocalSGD:
+    """One model on many ranks: counts local steps, and averages when a round is over.
+
+    Args:
+        communicator: through what.
+        averaged: variables to average, floating dtypes, the same list on every rank. The first is probed for NaN.
+        state: the optimizer's float state, averaged or reset as ``settings`` say.
+        settings: when, and how.
+        timings: where the rounds are kept.
+        finish_at_exit: a process that ends in good order without ``finish`` waits for the others; if False, it
+            has left them in the middle of something, and the job ends with an error.
+
+    Raises:
+        ValueError: there is nothing to average.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        averaged: Sequence[Any],
+        state: variables.State,
+        settings: Settings,
+        timings: Timings,
+        finish_at_exit: bool = False,
+    ) -> None:
+        if not averaged:
+            raise ValueError("The model has no trainable weights and no float statistics: there is nothing to average.")
+        self.communicator = communicator
+        self.settings = settings
+        self._finish_at_exit = finish_at_exit
+        self.state = state
+        extra = state.variables if settings.optimizer_state == "average" else []
+        self.variables = variables.VariableSet([*averaged, *extra])
+        self.timings = timings
+        self.watch = Stopwatch()
+        self.total_steps = 0
+        self.wants_stop = False
+        self.position = 0.0
+        self._reached = FINISHED
+        self._plan = list(_chunks(self.variables))
+        largest = max(chunk.elements * chunk.dtype.itemsize for chunk in self._plan)
+        self._scratch = np.empty(largest, np.uint8)
+        self._probe = self.variables.smallest(len(averaged))
+        self._model = self._fingerprint()
+
+    def averages(self, averaged: Sequence[Any], state: variables.State) -> bool:
+        """Whether these are the variables that this engine was made for."""
+        extra = state.variables if self.settings.optimizer_state == "average" else []
+        return list(map(id, [*averaged, *extra])) == list(map(id, self.variables.variables))
+
+    def begin(self, initial: Sequence[Any]) -> None:
+        """The same start everywhere: check that all ranks hold the same model, then copy ``initial`` from rank 0.
+
+        Raises:
+            ValueError: the models or settings differ; on every rank, naming the first difference.
+        """
+        communicator = self.communicator
+        failures.begin(self)
+        communicator.busy = True
+        table = header.exchange(communicator, header.row(model=self._model, position=_BEGIN))
+        self._check_same_place(table, beginning=True)
+        if (table["model"] != table["model"][0]).any():
+            message = self._explain_difference()
+            failures.end(self)
+            communicator.busy = False
+            raise ValueError(message)
+        if communicator.size > 1:
+            variables.broadcast(initial, communicator)
+        self.position, self._reached = 0.0, 0.0
+        self.wants_stop = self.stop = False
+        self.interval = self.settings.schedule.interval(self.total_steps)
+        self._start_round()
+        communicator.busy = False
+
+    def local_steps(self, steps: int = 1) -> bool:
+        """``steps`` more local steps were taken; whether the round is over."""
+        self.steps += steps
+        return self.steps >= self.interval
+
+    def synchronise(self, message: bytes = b"", exposed: Sequence[Any] | None = None) -> list[bytes]:
+        """One sync: header, average, outer step. Every rank must call it.
+
+        Args:
+            message: for the other ranks, at the moment when all have come to this rank's position.
+            exposed: from inside a TensorFlow graph, what ``variables.expose`` gave there.
+
+        Returns:
+            Every rank's ``message``, where this sync found that all ranks have come further; else an empty list.
+
+        Raises:
+            RankFailed: on all ranks alike, if one of them has failed or holds weights that are not finite.
+        """
+        communicator, watch = self.communicator, self.watch
+        communicator.busy = True
+        table = header.exchange(
+            communicator,
+            header.row(
+                model=self._model,
+                position=self.position,
+                steps=self.steps,
+                total=self.total_steps + self.steps,
+                samples=self.samples,
+                finite=self._is_finite(),
+                stop=self.wants_stop,
+            ),
+        )
+        watch.lap("wait")
+        self._check_same_place(table, beginning=False)
+        self.stop = bool(table["stop"].any())
+        if table["steps"].any():
+            if self._all_finite(table):
+                weights = self._weights(table)
+                drift = self._average(weights[communicator.rank], np.count_nonzero(weights), exposed)
+                if self.settings.optimizer_state == "reset":
+                    self.state.reset()
+                watch.lap("outer")
+            else:
+                drift = math.nan
+            self._end_round(table, drift)
+        messages = self._exchange_messages(table, message)
+        communicator.busy = False
+        return messages
+
+    def meet(self, position: float, message: bytes = b"") -> list[bytes]:
+        """Take part in syncs until every rank has come to ``position``; then exchange messages."""
+        self.position = position
+        messages: list[bytes] = []
+        while self._reached < position:
+            messages = self.synchronise(message)
+        return messages
+
+    def finish(self) -> None:
+        """Wait for the slowest rank's last sync; then every rank knows ``timings.totals``."""
+        self.meet(FINISHED)
+        self.communicator.busy = True
+        self.watch.lap("wait")
+        self._record(interval=0, payload=0, drift=0.0)
+        entries = self.communicator.gather(json.dumps(self.timings.sums()).encode())
+        self.timings.totals = [json.loads(entry) for entry in entries]
+        self.communicator.busy = False
+        failures.end(self)
+
+    def _fail_together(self) -> None:
+        """Every rank is about to raise the same error: nobody waits for anybody any more."""
+        failures.end(self)
+        self.communicator.failed = True
+
+    def leave(self) -> None:
+        """The process ends in good order, but without having finished."""
+        if self._finish_at_exit:
+            self.finish()
+        else:
+            failures.end_job(self.communicator, RuntimeError("the process ended in the middle of training"))
+
+    # The parts of a sync, in the order in which they come.
+
+    def _check_same_place(self, table: np.ndarray, beginning: bool) -> None:
+        """All ranks are between the same two calls, or none goes on: the alternative is a hang or a wrong sum."""
+        if ((table["position"] == _BEGIN) != beginning).any():
+            self._fail_together()
+            raise header.RankFailed(
+                f"Some ranks start to train while others are in the middle of it (seen on rank {self.communicator.rank} "
+                f"on {self.communicator.host}). Call fit equally often on every rank, and let no rank leave it early."
+            )
+
+    def _is_finite(self) -> bool:
+        # One small variable is enough: a NaN in the loss is in every gradient, and so in every weight.
+        return self._probe is None or bool(np.isfinite(self._probe.numpy().astype(np.float32)).all())
+
+    def _all_finite(self, table: np.ndarray) -> bool:
+        if table["finite"].all():
+            return True
+        ranks = header.name_ranks(self.communicator, np.flatnonzero(~table["finite"]))
+        text = f"NaN or infinity in the weights of {ranks} at local step {table['total'].max()}; nothing was averaged."
+        if self.stop:  # somebody, TerminateOnNaN perhaps, has seen it and ends training in good order
+            warnings.warn(text, stacklevel=2)
+            return False
+        self._fail_together()
+        raise header.RankFailed(f"{text} Lower the learning rate, or clip the gradients (clipnorm=).")
+
+    def _weights(self, table: np.ndarray) -> np.ndarray:
+        share = (table["steps"] > 0).astype(float)
+        if self.settings.weighting == "samples":
+            share *= table["samples"]
+        return share / share.sum()
+
+    def _average(self, weight: float, ranks: int, exposed: Sequence[Any] | None) -> float:
+        """x_k <- sum_j w_j x_j, chunk by chunk; returns the drift, sqrt(1/K sum_k |x_k - average|^2)."""
+        communicator, watch = self.communicator, self.watch
+        if communicator.size == 1:
+            return 0.0
+        every = max(1, math.ceil(self.variables.elements / DRIFT_SAMPLE))
+        distance, sampled = 0.0, 0
+        with self.variables.open(exposed) as arrays:
+            for number, chunk in enumerate(self._plan):
+                buffer = self._scratch[: chunk.elements * chunk.dtype.itemsize].view(chunk.dtype)
+                chunk.pack(arrays, buffer, weight)
+                watch.lap("pack")
+                communicator.allreduce(buffer)
+                watch.lap("communicate")
+                if weight and number % every == 0:
+                    distance += chunk.squared_distance(arrays, buffer)
+                    sampled += chunk.elements
+                chunk.unpack(arrays, buffer)
+                watch.lap("unpack")
+        share = np.array([distance * self.variables.elements / max(sampled, 1) / ranks])
+        communicator.allreduce(share)
+        watch.lap("communicate")
+        if not np.isfinite(share[0]):
+            self._fail_together()
+            raise header.RankFailed(
+                f"the average after local step {self.total_steps + self.steps} is not finite on any rank (seen on "
+                f"rank {communicator.rank} on {communicator.host}): lower the learning rate, or clip the gradients."
+            )
+        return math.sqrt(share[0])
+
+    def _end_round(self, table: np.ndarray, drift: float) -> None:
+        payload = sum(chunk.elements * chunk.dtype.itemsize for chunk in self._plan) if len(table) > 1 else 0
+        self._record(self.interval, payload, drift)
+        self.interval = self.settings.schedule.interval(int(table["total"].max()))
+
+    def _record(self, interval: int, payload: int, drift: float) -> None:
+        parts, wall = self.watch.parts, self.watch.wall()
+        self.timings.add(
+            Round(
+                round=len(self.timings.rounds),
+                first_step=self.total_steps + 1,
+                last_step=self.total_steps + self.steps,
+                interval=interval,
+                steps=self.steps,
+                start=self.watch.start,
+                wall=wall,
+                **parts,
+                residual=wall - sum(parts.values()),
+                bytes=payload,
+                drift=drift,
+                rank=self.communicator.rank,
+                size=self.communicator.size,
+                host=self.communicator.host,
+            )
+        )
+        self.total_steps += self.steps
+        self._start_round()
+
+    def _start_round(self) -> None:
+        self.steps, self.samples = 0, 0.0
+        self.watch.restart()
+
+    def _exchange_messages(self, table: np.ndarray, message: bytes) -> list[bytes]:
+        reached = float(table["position"].min())
+        if reached <= self._reached:
+            return []
+        self._reached = reached
+        messages = self.communicator.gather(message if reached == self.position else b"")
+        self.watch.lap("communicate")
+        return messages
+
+    # Before the first average: is it the same model everywhere?
+
+    def _description(self) -> str:
+        settings = [repr(self.settings.schedule), self.settings.optimizer_state, self.settings.weighting]
+        return json.dumps([settings, *self.variables.description()])
+
+    def _fingerprint(self) -> int:
+        return int.from_bytes(hashlib.sha256(self._description().encode()).digest()[:8], "little")
+
+    def _explain_difference(self) -> str:
+        entries = [json.loads(entry) for entry in self.communicator.gather(self._description().encode())]
+        names = header.hosts(self.communicator)
+        first = entries[0]
+        for rank, other in enumerate(entries):
+            who = f"rank {rank} on {names[rank]}", f"rank 0 on {names[0]}"
+            if other[0] != first[0]:
+                return f"Settings differ: {who[0]} has {other[0]}, {who[1]} has {first[0]} (schedule, state, weighting)."
+            for index, (theirs, ours) in enumerate(zip(other[1:], first[1:], strict=False)):
+                if theirs != ours:
+                    return (
+                        f"Ranks hold different models: variable {index} is {theirs} on {who[0]}, but {ours} on "
+                        f"{who[1]} (name, shape, dtype). Build the same model on every rank."
+                    )
+            if len(other) != len(first):
+                return (
+                    f"Ranks hold different models: {len(other) - 1} averaged variables on {who[0]}, "
+                    f"{len(first) - 1} on {who[1]}. Build the same model on every rank."
+                )
+        return "Ranks hold different models."  # not reached: a different fingerprint has a different description
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A stretch of the variables, laid end to end, small enough to stay in cache."""
+
+    dtype: np.dtype
+    elements: int
+    pieces: list[tuple[int, int, int, int]]  # variable, start, stop, offset in the chunk
+
+    def pack(self, arrays: list[list[np.ndarray]], buffer: np.ndarray, weight: float) -> None:
+        """buffer <- weight * variables; replicas inside this rank (tf.distribute) count as their mean."""
+        for index, start, stop, offset in self.pieces:
+            target = buffer[offset : offset + stop - start]
+            first, *others = arrays[index]
+            scale = buffer.dtype.type(weight / (1 + len(others)))
+            np.multiply(first[start:stop], scale, out=target)
+            for other in others:
+                target += other[start:stop] * scale
+
+    def squared_distance(self, arrays: list[list[np.ndarray]], buffer: np.ndarray) -> float:
+        """|variables - buffer|^2."""
+        total = 0.0
+        for index, start, stop, offset in self.pieces:
+            gap = arrays[index][0][start:stop] - buffer[offset : offset + stop - start]
+            total += float(np.dot(gap, gap))
+        return total
+
+    def unpack(self, arrays: list[list[np.ndarray]], buffer: np.ndarray) -> None:
+        """variables <- buffer, on every replica."""
+        for index, start, stop, offset in self.pieces:
+            for array in arrays[index]:
+                array[start:stop] = buffer[offset : offset + stop - start]
+
+
+def _chunks(variable_set: variables.VariableSet) -> Iterator[_Chunk]:
+    """Every element of every variable in exactly one chunk, wide dtypes (float64) apart from the others."""
+    for wire in (np.dtype(np.float32), np.dtype(np.float64)):
+        capacity = CHUNK_BYTES // wire.itemsize
+        pieces: list[tuple[int, int, int, int]] = []
+        used = 0
+        for index, (size, dtype) in enumerate(zip(variable_set.sizes, variable_set.wire_dtypes, strict=True)):
+            start = 0
+            while dtype == wire and start < size:
+                stop = min(size, start + capacity - used)
+                pieces.append((index, start, stop, used))
+                used += stop - start
+                start = stop
+                if used == capacity:
+                    yield _Chunk(wire, used, pieces)
+                    pieces, used = [], 0
+        if used:
+            yield _Chunk(wire, used, pieces)

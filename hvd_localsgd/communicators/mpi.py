@@ -1,0 +1,114 @@
+"""MPI through mpi4py. The only file that imports it."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from hvd_localsgd.communicators import Communicator, CommunicatorError, launched_size
+
+_SPIN_SECONDS = 2e-3
+_LONGEST_PAUSE = 1e-3
+
+
+class MPICommunicator(Communicator):
+    """A duplicate of MPI.COMM_WORLD: our messages can never meet the user's own.
+
+    Raises:
+        CommunicatorError: mpi4py or an MPI library is missing, the thread level is too low, or the launcher
+            that started this process is not the one of the MPI library that was loaded.
+    """
+
+    name = "mpi"
+
+    def __init__(self) -> None:
+        _bind_symbols_early()
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise CommunicatorError(
+                f"MPI cannot be loaded ({error}). Load your cluster's MPI module, or install one as a wheel: "
+                "pip install 'hvd-localsgd[mpi]'."
+            ) from error
+        except RuntimeError as error:
+            raise CommunicatorError(
+                f"mpi4py found no MPI library ({str(error).splitlines()[0]}). Load your cluster's MPI module, or "
+                "install one as a wheel: pip install 'hvd-localsgd[mpi]'."
+            ) from error
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+            raise CommunicatorError(
+                "MPI was initialised with a thread level below MPI_THREAD_SERIALIZED, but TensorFlow calls the "
+                "optimizer from its own threads. Leave mpi4py.rc.thread_level at its default ('multiple')."
+            )
+        expected, found = launched_size(), MPI.COMM_WORLD.Get_size()
+        if expected > 1 and found == 1:
+            library = MPI.Get_library_version().strip().splitlines()[0].split("\x00")[0]
+            raise CommunicatorError(
+                f"The launcher started {expected} processes, but MPI ({library}) sees only this one: mpirun and the "
+                "MPI library that mpi4py loaded are not the same. Use the mpirun of the environment that Python "
+                "runs in (`which mpirun`), or rebuild mpi4py against the launcher's MPI."
+            )
+        self._mpi = MPI
+        self._comm: Any = MPI.COMM_WORLD.Dup()
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
+        self.host = MPI.Get_processor_name()
+        node.Free()
+
+    def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
+        """Non-blocking allgather, polled, so that a rank that waits long does not burn a core."""
+        table = np.empty(self.size, row.dtype)
+        request = self._comm.Iallgather(
+            np.ascontiguousarray(row).reshape(1).view(np.uint8), table.view(np.uint8)
+        )
+        started, pause = time.perf_counter(), 0.0
+        while not request.Test():
+            waited = time.perf_counter() - started
+            if timeout is not None and waited > timeout:
+                raise TimeoutError(f"not all ranks came within {timeout} s")
+            if waited < _SPIN_SECONDS:
+                os.sched_yield()
+            else:
+                pause = min(pause + 5e-5, _LONGEST_PAUSE)
+                time.sleep(pause)
+        return table
+
+    def allreduce(self, buffer: np.ndarray) -> None:
+        """MPI_Allreduce in place."""
+        self._comm.Allreduce(self._mpi.IN_PLACE, buffer)
+
+    def broadcast(self, array: np.ndarray) -> None:
+        """MPI_Bcast of the raw bytes (MPI knows no bfloat16), in pieces below MPI's 2^31 limit."""
+        raw = array.reshape(-1).view(np.uint8)
+        for start in range(0, raw.size, 1 << 28):
+            self._comm.Bcast(raw[start : start + (1 << 28)], root=0)
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Lengths first, then MPI_Allgatherv."""
+        lengths = np.empty(self.size, np.int64)
+        self._comm.Allgather(np.array([len(data)], np.int64), lengths)
+        everything = np.empty(int(lengths.sum()), np.uint8)
+        self._comm.Allgatherv(np.frombuffer(data, np.uint8), [everything, lengths.tolist()])
+        ends = np.cumsum(lengths)
+        return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
+
+    def abort(self) -> None:
+        """MPI_Abort: the launcher stops every other rank and returns non-zero."""
+        self._comm.Abort(1)
+
+
+def _bind_symbols_early() -> None:
+    """Make mpi4py load the MPI library with all its symbols bound, not one by one when first called.
+
+    TensorFlow brings a copy of hwloc whose symbols it makes global. An Open MPI that is loaded lazily before
+    TensorFlow starts with its own hwloc and ends with TensorFlow's: a crash in MPI_Finalize (seen with 4.1.8).
+    """
+    try:
+        from mpi4py import _mpiabi
+    except ImportError:
+        return  # built from source: the linker binds it early
+    _mpiabi._dlopen_mode = lambda: os.RTLD_NOW | os.RTLD_GLOBAL

@@ -1,0 +1,36 @@
+"""One process: no launcher, no MPI, nothing to wait for."""
+
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+
+from hvd_localsgd.communicators import Communicator
+
+
+class SerialCommunicator(Communicator):
+    """The identity: sums, broadcasts and gathers over a single rank."""
+
+    name = "serial"
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+
+    def __init__(self) -> None:
+        self.host = socket.gethostname()
+
+    def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
+        """The one row there is."""
+        return row.reshape(1)
+
+    def allreduce(self, buffer: np.ndarray) -> None:
+        """The sum over one rank is there already."""
+
+    def broadcast(self, array: np.ndarray) -> None:
+        """Rank 0 has it already."""
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """The one there is."""
+        return [data]
+
+    def abort(self) -> None:
+        """Nobody else has to be told."""

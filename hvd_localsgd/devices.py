@@ -1,0 +1,93 @@
+"""Who this process is, and which GPU or cores are its own."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from hvd_localsgd import failures
+from hvd_localsgd.communicators import Communicator, choose
+
+_ready: Communicator | None = None
+
+
+def init(communicator: str = "auto") -> None:
+    """Join the other ranks; pin this rank's GPU, or its fair share of the cores. Idempotent.
+
+    Optional, because everything else calls it, but best called first thing in the script: TensorFlow fixes its
+    devices and threads when it is first used.
+
+    Args:
+        communicator: ``"auto"`` (Horovod if it is initialised, else MPI under a launcher, else one process),
+            ``"mpi"``, ``"horovod"`` or ``"serial"``.
+
+    Raises:
+        CommunicatorError: the communicator cannot be used here.
+        ValueError: unknown name, or another communicator is in use.
+    """
+    get(communicator)
+
+
+def get(communicator: str = "auto") -> Communicator:
+    """``init``, and the communicator itself."""
+    global _ready
+    chosen = choose(communicator)
+    if _ready is not chosen:
+        _ready = chosen
+        failures.install(chosen)
+        if chosen.size > 1:
+            _take_own_devices(chosen)
+    return chosen
+
+
+def rank() -> int:
+    """This process' number, 0 <= rank < size, as in MPI."""
+    return get().rank
+
+
+def size() -> int:
+    """The number of ranks."""
+    return get().size
+
+
+def local_rank() -> int:
+    """This process' number among those on the same host."""
+    return get().local_rank
+
+
+def local_size() -> int:
+    """The number of ranks on this host."""
+    return get().local_size
+
+
+def _take_own_devices(communicator: Communicator) -> None:
+    import tensorflow as tf
+
+    affinities = _affinities_on_this_host(communicator)
+    own = os.sched_getaffinity(0)
+    share = max(1, int(sum(1 / sum(core in other for other in affinities) for core in own)))
+    threading = tf.config.threading
+    try:
+        gpus = tf.config.list_physical_devices("GPU")
+        if gpus:
+            gpu = gpus[communicator.local_rank % len(gpus)]
+            tf.config.set_visible_devices(gpu, "GPU")
+            tf.config.experimental.set_memory_growth(gpu, True)
+        elif not any(os.environ.get(v) for v in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")):
+            if threading.get_intra_op_parallelism_threads() == 0:
+                threading.set_intra_op_parallelism_threads(share)
+            if threading.get_inter_op_parallelism_threads() == 0 and not os.environ.get("TF_NUM_INTEROP_THREADS"):
+                threading.set_inter_op_parallelism_threads(share)
+    except RuntimeError:  # TensorFlow is running already and cannot change its mind
+        if communicator.rank == 0:
+            warnings.warn(
+                f"TensorFlow was used before lsgd.init(), so GPUs are not pinned and the {communicator.local_size} "
+                "ranks of a host share its cores without limits. Call lsgd.init() before the model is built.",
+                stacklevel=3,
+            )
+
+
+def _affinities_on_this_host(communicator: Communicator) -> list[set[int]]:
+    mine = f"{communicator.host} " + " ".join(map(str, os.sched_getaffinity(0)))
+    hosts = [entry.decode().split() for entry in communicator.gather(mine.encode())]
+    return [set(map(int, cores)) for host, *cores in hosts if host == communicator.host]

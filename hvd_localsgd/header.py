@@ -1,0 +1,74 @@
+"""The header: the few numbers that all ranks exchange before anything else.
+
+Whatever one rank knows alone (it failed, it wants to stop, its data ended) reaches the others here and nowhere
+else, so that all ranks decide alike and make the same sequence of collective calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hvd_localsgd.communicators import Communicator, where
+
+HEADER = np.dtype(
+    [
+        ("model", np.uint64),  # fingerprint of what is averaged and how
+        ("position", np.float64),  # how far this rank is (see averaging.py); inf: it has finished
+        ("steps", np.int64),  # local steps since the last sync
+        ("total", np.int64),  # local steps since training began
+        ("samples", np.float64),  # samples those steps saw
+        ("finite", np.bool_),  # no NaN or infinity in this rank's weights
+        ("stop", np.bool_),  # this rank wants training to stop
+        ("failed", np.bool_),  # this rank has raised an error and is about to end
+    ]
+)
+
+
+class RankFailed(RuntimeError):
+    """Another rank raised an error, or holds weights that are not finite; the message names it."""
+
+
+def row(**fields: Any) -> np.ndarray:
+    """This rank's header; fields that are not given are zero."""
+    header = np.zeros((), HEADER)
+    for name, value in fields.items():
+        header[name] = value
+    return header
+
+
+def exchange(communicator: Communicator, own: np.ndarray) -> np.ndarray:
+    """All ranks' headers, by rank.
+
+    Raises:
+        RankFailed: a rank says that it has failed; on every rank, with that rank's own words.
+    """
+    table = communicator.exchange(own)
+    if table["failed"].any():
+        communicator.failed = True
+        words = [entry.decode() for entry in communicator.gather(b"")]
+        failed = np.flatnonzero(table["failed"])
+        raise RankFailed("; ".join(words[rank] for rank in failed))
+    return table
+
+
+def tell_failure(communicator: Communicator, error: BaseException, timeout: float) -> bool:
+    """Instead of the next header, tell the others what went wrong here; whether they heard it in time."""
+    try:
+        communicator.exchange(row(failed=True), timeout=timeout)
+    except TimeoutError:
+        return False
+    name = f"rank {communicator.rank} on {communicator.host}"
+    communicator.gather(f"{name} failed: {type(error).__name__}: {error}".encode())
+    return True
+
+
+def hosts(communicator: Communicator) -> list[str]:
+    """The host of each rank."""
+    return [host.decode() for host in communicator.gather(communicator.host.encode())]
+
+
+def name_ranks(communicator: Communicator, ranks: Any) -> str:
+    """``rank 2 on node7, ...`` (collective: every rank must ask)."""
+    return where([int(rank) for rank in ranks], hosts(communicator))

@@ -1,0 +1,180 @@
+"""What is averaged: a fixed list of variables in a fixed order, and their memory.
+
+The memory of CPU variables is read and written in place, without a copy of the model. That is safe because
+``open`` first makes every buffer exclusive (TensorFlow copies it if a tensor that the user holds, or another
+variable, shares it) and because no view outlives the ``with`` block. docs/performance.md tells the story.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvd_localsgd.communicators import Communicator
+
+
+def of_model(model: keras.Model) -> list[keras.Variable]:
+    """Trainable weights, and the float statistics that training changes (BatchNorm's moving mean and variance).
+
+    Left alone: integers (counters, random seeds, which must differ by rank) and frozen weights, which
+    nobody changes. Order: as the model lists them.
+    """
+    frozen = {
+        id(v) for layer in model._flatten_layers() for v in layer._trainable_variables if not v.trainable
+    }
+    statistics = [v for v in model.non_trainable_variables if id(v) not in frozen]
+    return floats([*model.trainable_variables, *statistics])
+
+
+class State:
+    """The optimizer's float state (momentum, moments), without rates, counters and moving averages of weights.
+
+    Args:
+        optimizer: a built Keras optimizer, or None for an empty state.
+    """
+
+    def __init__(self, optimizer: Any = None) -> None:
+        inner = innermost(optimizer)
+        own = optimizer.variables if optimizer is not None else []
+        others = {id(v) for v in (*moving_averages(optimizer), *(getattr(inner, "_accumulated_gradients", None) or []))}
+        self.variables = [v for v in floats(own) if id(v) not in others and len(v.shape) > 0]
+        filled = getattr(inner, "_accumulators", [])  # Adagrad's and Ftrl's accumulators do not start at zero
+        self._initial = {id(v): inner.initial_accumulator_value for v in filled}
+
+    def reset(self) -> None:
+        """What the optimizer starts with; its iterations and learning-rate schedule go on."""
+        for variable in self.variables:
+            for part in components(variable):
+                part.assign(tf.fill(part.shape, tf.cast(self._initial.get(id(variable), 0.0), part.dtype)))
+
+
+def moving_averages(optimizer: Any) -> list[Any]:
+    """The moving averages of the weights that ``use_ema=True`` keeps (empty without)."""
+    kept = getattr(innermost(optimizer), "_model_variables_moving_average", None) or []
+    return [v for v in kept if v is not None]
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside all wrappers (loss scaling, ours)."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def broadcast(variables: Sequence[Any], communicator: Communicator) -> None:
+    """Rank 0's values to all ranks, any dtype, one variable at a time."""
+    for variable in variables:
+        parts = components(variable)
+        value = np.array(parts[0].numpy())
+        flat = value.reshape(-1)
+        communicator.broadcast(flat)
+        if communicator.rank > 0:
+            for part in parts:
+                part.assign(flat.reshape(value.shape))
+
+
+def floats(variables: Sequence[Any]) -> list[Any]:
+    """Those of a floating dtype (bfloat16 included), each once, in order."""
+    unique = {id(v): v for v in variables}
+    return [v for v in unique.values() if tf.as_dtype(v.dtype).is_floating]
+
+
+def components(variable: Any) -> list[tf.Variable]:
+    """The TensorFlow variables behind a variable: one, or one per replica under a tf.distribute strategy."""
+    inner = variable.value if isinstance(variable, keras.Variable) else variable
+    values = getattr(inner, "values", None)
+    return list(values) if isinstance(values, tuple | list) else [inner]
+
+
+class VariableSet:
+    """A fixed list of variables in a fixed order.
+
+    Args:
+        variables: Keras or TensorFlow variables of floating dtype (for ``broadcast`` also integers).
+    """
+
+    def __init__(self, variables: Sequence[Any]) -> None:
+        self.variables = list(variables)
+        self.components = [components(v) for v in self.variables]
+        self._in_place = [
+            parts[0] for parts in self.components if len(parts) == 1 and _on_cpu(parts[0]) and parts[0].shape.rank
+        ]
+        self._expose_compiled = tf.function(self.expose, autograph=False)
+
+        self.sizes = [int(np.prod(parts[0].shape)) for parts in self.components]
+        self.elements = sum(self.sizes)
+        doubles = [parts[0].dtype.base_dtype == tf.float64 for parts in self.components]
+        self.wire_dtypes = [np.dtype(np.float64 if double else np.float32) for double in doubles]
+
+    def smallest(self, among: int) -> tf.Variable | None:
+        """The smallest of the first ``among`` variables."""
+        candidates = [(size, i) for i, size in enumerate(self.sizes[:among]) if size]
+        return self.components[min(candidates)[1]][0] if candidates else None
+
+    def description(self) -> list[list[Any]]:
+        """``[name, shape, dtype]`` of each, what all ranks must agree on.
+
+        Names are without the numbers that Keras adds ("dense_3"): they count layers made, not layers used.
+        """
+        return [
+            [re.sub(r"_\d+(?=/|:|$)", "", getattr(v, "path", v.name)), list(v.shape), tf.as_dtype(v.dtype).name]
+            for v in self.variables
+        ]
+
+    def expose(self) -> list[tf.Tensor]:
+        """Tensors that *are* the memory of the variables that are used in place, each buffer its variable's alone.
+
+        An empty slice assignment makes TensorFlow copy a shared buffer, as it does before any update in place;
+        it also turns on copy-on-read, which is turned off again so that reads stay free.
+        """
+        tensors = []
+        for variable in self._in_place:
+            with tf.device(variable.device):
+                nothing = tf.zeros([0, *variable.shape[1:]], variable.dtype)
+                tf.raw_ops.ResourceStridedSliceAssign(
+                    ref=variable.handle, begin=[0], end=[0], strides=[1], value=nothing
+                )
+                tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
+                tensors.append(tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype))
+        return tensors
+
+    @contextmanager
+    def open(self, exposed: Sequence[tf.Tensor] | None = None) -> Iterator[list[list[np.ndarray]]]:
+        """Per variable, one flat array per component, to read and to write. Writes count when the block ends.
+
+        CPU memory is seen in place. GPU memory, scalars and replicas are staged: copied out here, assigned at the end.
+
+        Args:
+            exposed: what ``expose`` gave inside the graph that is calling us; None: call it here.
+        """
+        if exposed is None:
+            exposed = self._expose_compiled() if self._in_place else []
+        memory = {id(v): tensor._numpy().reshape(-1) for v, tensor in zip(self._in_place, exposed, strict=True)}
+        del exposed
+        staged = [
+            (part, np.array(part.numpy()).reshape(-1))
+            for parts in self.components
+            for part in parts
+            if id(part) not in memory
+        ]
+        memory |= {id(part): copy for part, copy in staged}
+        arrays = [[memory[id(part)] for part in parts] for parts in self.components]
+        try:
+            yield arrays
+        finally:
+            # A view that lives on would make TensorFlow copy the variable at its next update.
+            memory.clear()
+            for row in arrays:
+                row.clear()
+            for part, copy in staged:
+                part.assign(copy.reshape(part.shape))
+
+
+def _on_cpu(variable: tf.Variable) -> bool:
+    return "CPU" in variable.device.upper() or not variable.device
