@@ -150,4 +150,4 @@ def print_table(totals: Sequence[dict[str, Any]], title: str) -> None:
         cells += [f"{row['wall']:.2f} s", f"{row['syncs']:.0f}", f"{row['bytes'] / 1e6:.1f}", f"{speed:.0f}"]
         table.add_row(label, *cells)
     # In a file or a narrow terminal a long line is easier to read than a wrapped one.
-    Console(highlight=False, width=max(Console().width, 160)).print(table)
+    Console(color_system=None, highlight=False, width=max(Console().width, 160)).print(table)

@@ -1,0 +1,32 @@
+# make demo   train for real on two ranks, and see where the time goes
+# make test   everything that is checked
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	$(BIN)/python benchmarks/demo.py --output runs/demo
+
+test: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+.PHONY: $(VENV)
+$(VENV): $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "hvd_localsgd needs Python 3.10 or newer; this is `$(PYTHON) --version`. Use: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Python cannot make virtual environments here. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[tensorflow-cpu,mpi,examples,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,37 @@
+"""The command ``hvd-localsgd``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hvd_localsgd import launch
+from hvd_localsgd.communicators import CommunicatorError
+from hvd_localsgd.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and do what it says; the exit status."""
+    parser = argparse.ArgumentParser(prog="hvd-localsgd", description="Local SGD for Keras on MPI clusters.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="start a script on several ranks of this machine",
+        description="Find mpirun and start a Python script on several ranks of this machine, with the flags that "
+        "running as root, or on fewer cores than ranks, needs. On a cluster use mpirun or srun itself.",
+    )
+    run.add_argument("-np", "--ranks", type=int, required=True, help="number of processes")
+    run.add_argument("script", help="Python script")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    chosen = parser.parse_args(arguments)
+    try:
+        return launch.run(chosen.ranks, [sys.executable, chosen.script, *chosen.arguments])
+    except (CommunicatorError, ValueError) as error:
+        print(f"hvd-localsgd: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
