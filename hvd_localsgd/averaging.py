@@ -97,7 +97,7 @@ class LocalSGD:
         self.position = 0.0
         self._reached = FINISHED
         self._plan = list(_chunks(self.variables))
-        largest = max(chunk.elements * chunk.dtype.itemsize for chunk in self._plan)
+        largest = max((chunk.elements * chunk.dtype.itemsize for chunk in self._plan), default=0)
         self._scratch = np.empty(largest, np.uint8)
         self._probe = self.variables.smallest(len(averaged))
         self._model = self._fingerprint()
@@ -107,29 +107,35 @@ class LocalSGD:
         extra = state.variables if self.settings.optimizer_state == "average" else []
         return list(map(id, [*averaged, *extra])) == list(map(id, self.variables.variables))
 
-    def begin(self, initial: Sequence[Any]) -> None:
-        """The same start everywhere: check that all ranks hold the same model, then copy ``initial`` from rank 0.
+    def begin(self, weights: Sequence[Any], others: Sequence[Any] = ()) -> bool:
+        """The same start everywhere: check that all ranks hold the same model, then copy rank 0's values.
+
+        Returns:
+            Whether that changed any of ``weights`` on this rank.
 
         Raises:
             ValueError: the models or settings differ; on every rank, naming the first difference.
         """
         communicator = self.communicator
         failures.begin(self)
-        communicator.busy = True
-        table = header.exchange(communicator, header.row(model=self._model, position=_BEGIN))
+        communicator.busy, communicator.failed = True, False
+        table = header.exchange(communicator, header.row(model=self._model, position=_BEGIN, total=self.total_steps))
         self._check_same_place(table, beginning=True)
         if (table["model"] != table["model"][0]).any():
             message = self._explain_difference()
             failures.end(self)
             communicator.busy = False
             raise ValueError(message)
+        moved = False
         if communicator.size > 1:
-            variables.broadcast(initial, communicator)
+            moved = variables.broadcast(weights, communicator)
+            variables.broadcast(others, communicator)
         self.position, self._reached = 0.0, 0.0
         self.wants_stop = self.stop = False
-        self.interval = self.settings.schedule.interval(self.total_steps)
+        self.interval = self.settings.schedule.interval(int(table["total"].max()))
         self._start_round()
         communicator.busy = False
+        return moved
 
     def local_steps(self, steps: int = 1) -> bool:
         """``steps`` more local steps were taken; whether the round is over."""

@@ -91,23 +91,25 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
 
     def build(self, variables: Sequence[Any]) -> None:
         """Inner state, and our counters of steps."""
+        self._notice_loss_scaling()
         if self.built:
             return
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
-        super().build(variables)
-        # Counted here, not read from the inner optimizer, whose iterations stand still when a step is skipped.
-        self._steps = self.add_variable((), "zeros", "int64", "only_first_replica", name="local_steps")
-        self._next_sync = self.add_variable((), "zeros", "int64", "only_first_replica", name="next_sync")
+        with tf.init_scope():  # Keras builds some optimizers while it traces: variables would not exist until it has
+            if not self.inner_optimizer.built:
+                self.inner_optimizer.build(variables)
+            super().build(variables)
+            # Counted here, not read from the inner optimizer, whose iterations stand still when a step is skipped.
+            self._steps = self.add_variable((), "zeros", "int64", "only_first_replica", name="local_steps")
+            self._next_sync = self.add_variable((), "zeros", "int64", "only_first_replica", name="next_sync")
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """The inner optimizer's step; a sync with the other ranks if the round is over."""
         _refuse_xla()
         if not self.built:
-            with tf.init_scope():
-                self.build(list(trainable_variables))
-        self._begin_training()
-        self.inner_optimizer.apply(grads, trainable_variables)
+            self.build(list(trainable_variables))
+        moved = self._begin_training()
+        if not (moved and tf.executing_eagerly()):  # else these are gradients at weights that are no more
+            self.inner_optimizer.apply(grads, trainable_variables)
         _maybe_merge_call(lambda strategy: self._count_step(), tf.distribute.get_strategy())
 
     def _count_step(self) -> None:
@@ -154,22 +156,50 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         state = self._engine.state.variables if self._settings.optimizer_state == "reset" else []
         return [*self._engine.variables.variables, *state, self._steps, self._next_sync]
 
-    def _skip_step(self) -> None:
-        """An enclosing LossScaleOptimizer found gradients that are not finite, and will not call ``apply``."""
-        self._begin_training()
-        self._count_step()
+    def _notice_loss_scaling(self) -> None:
+        """Under mixed_float16 Keras puts the optimizer that it is given into a LossScaleOptimizer.
+
+        That one skips ``apply`` on a rank whose gradients overflow, and tells nobody: the rank would fall behind the
+        others. So when it builds us, ask it to tell us.
+        """
+        wrapper = _caller(keras.optimizers.LossScaleOptimizer)
+        if wrapper is None or wrapper is self.inner_optimizer:
+            return
+        skip = wrapper._stateful_handle_non_finite_grads
+        if getattr(skip, "__name__", "") == "skip_and_count":
+            return
+        self.inner_optimizer.loss_scale_factor = None  # as it did with ours: one scale is enough
+
+        def skip_and_count() -> None:
+            skip()
+            self._begin_training()
+            self._count_step()
+
+        wrapper._stateful_handle_non_finite_grads = skip_and_count
 
     # Training as a whole.
 
-    def _begin_training(self) -> None:
-        """Once, before the first step: the same start everywhere."""
+    def _begin_training(self) -> bool:
+        """Once, before the first step: the same start everywhere. Whether that changed this rank's weights.
+
+        In a graph this happens while it is traced, before anything runs. Eagerly the first step has begun: its forward
+        pass has updated the statistics, each rank's its own, which the next sync averages.
+        """
         if self._in_training:
-            return
+            return False
         self._in_training = True
+        statistics = [] if tf.executing_eagerly() else self._statistics
         with tf.init_scope():
+            if not all(variables.exists(v) for v in self._trainable_variables):
+                raise RuntimeError(
+                    "The model is built while its first step is traced, too late to give all ranks the same weights. "
+                    "Build it before: begin with keras.Input, or call model.build(shape)."
+                )
             self._engine = self._engine or self._make_engine()
-            self._engine.begin([*self._trainable_variables, *self._statistics, *self.inner_optimizer.variables])
+            self._engine.total_steps = self._updates()  # more than zero after loading from a file
+            moved = self._engine.begin(self._trainable_variables, [*statistics, *self.inner_optimizer.variables])
             self._set_next_sync()
+        return moved
 
     def _make_engine(self) -> LocalSGD:
         averaged = variables.floats(
@@ -233,28 +263,6 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         """The inner optimizer's scaling of the loss."""
         return self.inner_optimizer.scale_loss(loss)
 
-    @property
-    def loss_scale_factor(self) -> Any:
-        """The inner optimizer's; setting it to None is how LossScaleOptimizer takes possession of an optimizer."""
-        inner = getattr(self, "inner_optimizer", None)
-        return None if inner is None else inner.loss_scale_factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, value: Any) -> None:
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.loss_scale_factor = value
-        # Under mixed_float16 Keras wraps the optimizer it is given. The wrapper skips ``apply`` on a rank whose gradients
-        # overflow, and tells nobody: that rank would fall behind the others. So ask it to tell us.
-        wrapper = sys._getframe(1).f_locals.get("self")
-        if isinstance(wrapper, keras.optimizers.LossScaleOptimizer):
-            skip = wrapper._stateful_handle_non_finite_grads
-
-            def skip_and_count() -> None:
-                skip()
-                self._skip_step()
-
-            wrapper._stateful_handle_non_finite_grads = skip_and_count
-
     def save_own_variables(self, store: Any) -> None:
         """Our counters; Keras saves the inner optimizer by itself."""
         for i, variable in enumerate(self._variables):
@@ -282,6 +290,18 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         for key in ("inner_optimizer", "sync_every"):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
+
+
+def _caller(kind: type) -> Any:
+    """The object of this class whose method is calling us, a few frames up; None if there is none."""
+    frame = sys._getframe(2)
+    for _ in range(8):
+        if frame is None:
+            break
+        if isinstance(owner := frame.f_locals.get("self"), kind):
+            return owner
+        frame = frame.f_back
+    return None
 
 
 def _refuse_xla() -> None:

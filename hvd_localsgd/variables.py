@@ -67,16 +67,24 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
-def broadcast(variables: Sequence[Any], communicator: Communicator) -> None:
-    """Rank 0's values to all ranks, any dtype, one variable at a time."""
+def broadcast(variables: Sequence[Any], communicator: Communicator) -> bool:
+    """Rank 0's values to all ranks, any dtype, one variable at a time. Whether that changed any here."""
+    changed = False
     for variable in variables:
         parts = components(variable)
         value = np.array(parts[0].numpy())
-        flat = value.reshape(-1)
-        communicator.broadcast(flat)
-        if communicator.rank > 0:
+        received = value.copy()
+        communicator.broadcast(received.reshape(-1))
+        if received.tobytes() != value.tobytes():
+            changed = True
             for part in parts:
-                part.assign(flat.reshape(value.shape))
+                part.assign(received)
+    return changed
+
+
+def exists(variable: Any) -> bool:
+    """False for a variable that is made by a graph which has not run yet."""
+    return all(np.shape(part.numpy()) == tuple(part.shape) for part in components(variable))
 
 
 def floats(variables: Sequence[Any]) -> list[Any]:

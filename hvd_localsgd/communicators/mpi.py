@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ class MPICommunicator(Communicator):
     name = "mpi"
 
     def __init__(self) -> None:
-        _bind_symbols_early()
+        _prepare_loading()
         try:
             from mpi4py import MPI
         except ImportError as error:
@@ -101,14 +103,15 @@ class MPICommunicator(Communicator):
         self._comm.Abort(1)
 
 
-def _bind_symbols_early() -> None:
-    """Make mpi4py load the MPI library with all its symbols bound, not one by one when first called.
-
-    TensorFlow brings a copy of hwloc whose symbols it makes global. An Open MPI that is loaded lazily before
-    TensorFlow starts with its own hwloc and ends with TensorFlow's: a crash in MPI_Finalize (seen with 4.1.8).
-    """
+def _prepare_loading() -> None:
+    """Two traps between mpi4py and an Open MPI that was installed as a wheel."""
+    # A process that was not started by the wheel's own mpirun does not know where that Open MPI lies.
+    if (Path(sys.prefix) / "bin" / "orted").exists() and (Path(sys.prefix) / "lib" / "libmpi.so.40").exists():
+        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+    # TensorFlow brings a copy of hwloc whose symbols it makes global. An Open MPI whose symbols are bound lazily starts
+    # with its own hwloc and, once TensorFlow is there, ends with the other: a crash in MPI_Finalize (seen with 4.1.8).
     try:
         from mpi4py import _mpiabi
     except ImportError:
-        return  # built from source: the linker binds it early
+        return  # mpi4py built from source: bound when it is loaded
     _mpiabi._dlopen_mode = lambda: os.RTLD_NOW | os.RTLD_GLOBAL

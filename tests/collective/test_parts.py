@@ -1,0 +1,165 @@
+"""Communicators, the average and the header, without Keras' fit."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_localsgd import averaging, devices, header, schedules, timing, variables
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+
+
+@pytest.fixture
+def communicator(lsgd):
+    return devices.get()
+
+
+def make_engine(communicator, averaged, **settings):
+    return averaging.LocalSGD(
+        communicator,
+        averaged,
+        variables.State(),
+        averaging.Settings(schedules.Constant(1), **settings),
+        timing.Timings(),
+    )
+
+
+def test_allreduce_sums_and_broadcast_copies(communicator):
+    for dtype in (np.float32, np.float64):
+        buffer = np.arange(1001, dtype=dtype) * (communicator.rank + 1)
+        communicator.allreduce(buffer)
+        size = communicator.size
+        np.testing.assert_allclose(buffer, np.arange(1001) * (size * (size + 1) / 2), rtol=1e-6)
+    for dtype in (np.int64, np.float16, np.uint8, np.bool_):
+        array = np.full(7, communicator.rank + 1).astype(dtype)
+        communicator.broadcast(array)
+        np.testing.assert_array_equal(array, np.full(7, 1).astype(dtype))
+
+
+@given(st.lists(st.binary(max_size=50), min_size=4, max_size=4))
+def test_gather_keeps_order_and_content(lsgd, data):
+    communicator = devices.get()
+    assert communicator.gather(data[communicator.rank % 4]) == [data[k % 4] for k in range(communicator.size)]
+
+
+def test_exchange_gives_each_ranks_row(communicator):
+    rank = communicator.rank
+    table = header.exchange(communicator, header.row(steps=rank, position=math.inf, stop=rank == 0, samples=0.5))
+    assert table["steps"].tolist() == list(range(communicator.size))
+    assert table["stop"].tolist() == [k == 0 for k in range(communicator.size)]
+    assert np.isinf(table["position"]).all()
+    assert (table["samples"] == 0.5).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), min_size=1, max_size=6), st.integers(0, 2**31))
+def test_the_average_is_numpys_for_any_shapes_and_dtypes(lsgd, gather, specs, seed):
+    communicator = devices.get()
+    random = np.random.default_rng([seed, communicator.rank])
+    values = [tf.cast(random.normal(size=shape), dtype) for shape, dtype in specs]
+    own = [tf.Variable(value) for value in values]
+    copies = [np.array(v.numpy(), "float64") for v in own]
+    engine = make_engine(communicator, own)
+    engine.begin([])
+    engine.local_steps(1)
+    engine.synchronise()
+    everyone = gather(copies)
+    for i, (variable, (_, dtype)) in enumerate(zip(own, specs, strict=True)):
+        mean = np.mean([other[i] for other in everyone], axis=0)
+        tolerance = {"float32": 1e-6, "float64": 1e-14, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
+        np.testing.assert_allclose(np.array(variable.numpy(), "float64"), mean, rtol=tolerance, atol=tolerance)
+    contents = gather([v.numpy().tobytes() for v in own])
+    assert all(content == contents[0] for content in contents)
+    engine.finish()
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=12), st.integers(1, 16))
+def test_chunks_hold_every_element_once(specs, capacity):
+    class Sizes:
+        sizes = [size for size, _ in specs]
+        wire_dtypes = [np.dtype(np.float64 if double else np.float32) for _, double in specs]
+
+    seen = [np.zeros(size, int) for size, _ in specs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(averaging, "CHUNK_BYTES", capacity * 8)
+        for chunk in averaging._chunks(Sizes()):
+            assert 0 < chunk.elements * chunk.dtype.itemsize <= capacity * 8
+            offset = 0
+            for index, start, stop, at in chunk.pieces:
+                assert at == offset
+                assert Sizes.wire_dtypes[index] == chunk.dtype
+                seen[index][start:stop] += 1
+                offset += stop - start
+            assert offset == chunk.elements
+    assert all((count == 1).all() for count in seen)
+
+
+def test_a_model_of_many_chunks(communicator, gather):
+    random = np.random.default_rng(communicator.rank)
+    shapes = [(1200, 1000), (3,), (700, 999), (), (1,)]
+    own = [tf.Variable(random.normal(size=shape).astype("float32")) for shape in shapes]
+    copies = [v.numpy().astype("float64") for v in own]
+    engine = make_engine(communicator, own)
+    engine.begin([])
+    engine.local_steps(1)
+    engine.synchronise()
+    everyone = gather(copies)
+    for i, variable in enumerate(own):
+        mean = np.mean([other[i] for other in everyone], axis=0)
+        np.testing.assert_allclose(variable.numpy(), mean, rtol=1e-5, atol=1e-6)
+    flat = np.array([np.concatenate([v.reshape(-1) for v in other]) for other in everyone])
+    drift = np.sqrt(np.mean(np.sum((flat - flat.mean(0)) ** 2, axis=1)))
+    assert engine.timings.rounds[0].drift == pytest.approx(drift, rel=0.02), "estimated from every other chunk"
+    engine.finish()
+
+
+@pytest.mark.parametrize("difference", ["shape", "dtype", "count", "name", "settings"])
+def test_different_models_are_an_error_on_every_rank(communicator, difference):
+    odd = communicator.rank == communicator.size - 1 and communicator.size > 1
+    shape = (3, 2) if odd and difference == "shape" else (2, 3)
+    dtype = "float64" if odd and difference == "dtype" else "float32"
+    name = "other" if odd and difference == "name" else "kernel"
+    own = [keras.Variable(np.zeros(shape), dtype=dtype, name=name)]
+    if odd and difference == "count":
+        own.append(keras.Variable(np.zeros(1), name="more"))
+    engine = make_engine(communicator, own, optimizer_state="reset" if odd and difference == "settings" else "keep")
+    if communicator.size == 1:
+        engine.begin([])
+        engine.finish()
+        return
+    expected = "Settings differ" if difference == "settings" else "Ranks hold different models"
+    with pytest.raises(ValueError, match=rf"{expected}.*rank {communicator.size - 1} on "):
+        engine.begin([])
+
+
+def test_keras_own_numbering_of_layers_is_no_difference(communicator):
+    for _ in range(communicator.rank):
+        keras.layers.Dense(1)
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    engine = make_engine(communicator, layer.trainable_variables)
+    engine.begin(layer.trainable_variables)
+    engine.finish()
+
+
+def test_ranks_in_different_places_are_told_so(communicator):
+    if communicator.size == 1:
+        pytest.skip("one rank is always in the same place as itself")
+    engine = make_engine(communicator, [tf.Variable([1.0])])
+    engine.begin([])
+    with pytest.raises(header.RankFailed, match="Some ranks start to train while others"):
+        if communicator.rank == 0:
+            engine.synchronise()
+        else:
+            engine.begin([])
+
+
+def test_nothing_to_average(communicator):
+    with pytest.raises(ValueError, match="nothing to average"):
+        make_engine(communicator, [])

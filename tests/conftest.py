@@ -1,0 +1,31 @@
+import os
+
+# Before TensorFlow is imported: 2 cores are all there is, and ranks share them.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
+
+import pytest
+from hypothesis import settings
+
+# All ranks must draw the same examples, and a slow machine is no failure.
+settings.register_profile("ranks", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.load_profile("ranks")
+
+
+@pytest.fixture(scope="session")
+def lsgd():
+    import hvd_localsgd
+
+    hvd_localsgd.init(os.environ.get("HVD_LOCALSGD_TEST_COMMUNICATOR", "auto"))
+    return hvd_localsgd
+
+
+@pytest.fixture(scope="session")
+def gather(lsgd):
+    """gather(value) -> list of every rank's value. Independent of the package: plain mpi4py."""
+    if lsgd.size() == 1:
+        return lambda value: [value]
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.allgather

@@ -1,0 +1,52 @@
+"""One thing goes wrong on one rank: python tests/failing_program.py WHAT."""
+
+import os
+import sys
+
+os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
+what = sys.argv[1]
+
+import hvd_localsgd as lsgd
+
+lsgd.init()
+
+import keras
+import numpy as np
+
+odd = lsgd.rank() == 1
+
+
+class Trouble(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if odd and batch == 5:
+            if what == "raises":
+                raise ValueError("trouble in the middle of an epoch")
+            if what == "exits":
+                sys.exit(3)
+            if what == "dies":
+                os._exit(9)
+
+
+if what == "raises_before_training" and odd:
+    raise KeyError("trouble before training")
+units = 4 if odd and what == "shape" else 3
+sync_every = {"zero": 0, "negative": -3, "fraction": 2.5, "text": "x"}.get(what, 4)
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(units), keras.layers.Dense(1)])
+x, y = np.ones((400, 2), "float32"), np.ones((400, 1), "float32")
+if what == "empty_shard":
+    x, y = lsgd.shard((x[:1], y[:1]))
+if what == "nan" and odd:
+    x = x * np.nan
+optimizer = keras.optimizers.SGD(0.001)
+if what == "optimizer_shape" or what.startswith("optimizer"):
+    units = 4 if odd and what == "optimizer_shape" else 3
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(units), keras.layers.Dense(1)])
+    model.compile(lsgd.LocalSGDOptimizer(optimizer, sync_every=4), "mse")
+    if what == "optimizer_raises":
+        what = "raises"
+    model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[Trouble()])
+else:
+    model.compile(optimizer, "mse")
+    callback = lsgd.LocalSGDCallback(sync_every=sync_every)
+    model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[callback, Trouble()])
+print("not reached")

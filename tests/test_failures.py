@@ -1,0 +1,75 @@
+"""Whatever goes wrong on one rank ends in an error on every rank, within seconds, and mpirun returns non-zero."""
+
+import re
+import time
+
+import pytest
+
+from . import programs
+
+EVERY_RANK = {
+    "raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
+    "raises_before_training": "rank 1 on .* failed: KeyError: 'trouble before training'",
+    "exits": "rank 1 on .* failed: RuntimeError: the process ended in the middle of training",
+    "shape": r"Ranks hold different models: variable 0 .*\[2, 4\].* on rank 1",
+    "optimizer_shape": r"Ranks hold different models: variable 0 .*\[2, 4\].* on rank 1",
+    "optimizer_raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
+    "nan": "NaN or infinity in the weights of rank 1",
+    "empty_shard": "1 samples cannot be shared by 2 ranks",
+    "zero": "sync_every must be an integer >= 1 .*Received: 0",
+    "negative": "sync_every must be an integer >= 1 .*Received: -3",
+    "fraction": "sync_every must be an integer >= 1 .*Received: 2.5",
+    "text": "sync_every must be an integer >= 1 .*Received: 'x'",
+}
+
+
+def error_lines(output, pattern, rank):
+    tag = re.compile(rf"\[1,{rank}\]<std(err|out)>:")
+    return [line for line in output.splitlines() if tag.search(line) and re.search(pattern, line)]
+
+
+@pytest.mark.parametrize("what", sorted(EVERY_RANK))
+def test_an_error_on_every_rank(what):
+    result = programs.mpirun(2, "tests/failing_program.py", what, timeout=90)
+    assert result.status != 0, result.output
+    assert "not reached" not in result.output, result.output
+    assert error_lines(result.output, EVERY_RANK[what], 0), result.output
+    own = {"raises": "ValueError: trouble in", "optimizer_raises": "ValueError: trouble in"}.get(what)
+    own = own or {"raises_before_training": r"ends the job \(KeyError\)", "exits": "ends the job"}.get(what, EVERY_RANK[what])
+    assert error_lines(result.output, own, 1), result.output
+
+
+def test_a_rank_that_is_killed_ends_the_job():
+    began = time.monotonic()
+    result = programs.mpirun(2, "tests/failing_program.py", "dies", timeout=90)
+    assert result.status != 0, result.output
+    assert "not reached" not in result.output, result.output
+    assert time.monotonic() - began < 60
+
+
+def test_the_wrong_mpirun_is_found_out():
+    program = "import hvd_localsgd; hvd_localsgd.init()"
+    environment = {"PMI_SIZE": "2", "PMI_RANK": "0"}
+    result = programs.start([programs.sys.executable, "-c", program], 60, environment)
+    assert result.status != 0
+    assert "The launcher started 2 processes, but MPI" in result.output, result.output
+    assert "which mpirun" in result.output
+
+
+def test_a_missing_mpirun_is_said(tmp_path):
+    program = (
+        "import sys; from hvd_localsgd import cli; sys.executable = '/nowhere/python'; "
+        "sys.exit(cli.main(['run', '-np', '2', 'x.py']))"
+    )
+    result = programs.start([programs.sys.executable, "-c", program], 60, {"PATH": str(tmp_path)})
+    assert result.status == 2
+    assert "mpirun was not found" in result.output
+    assert "pip install 'hvd-localsgd[mpi]'" in result.output
+
+
+def test_a_missing_mpi_library_is_said(tmp_path):
+    program = "import sys; sys.modules['mpi4py.MPI'] = None; import hvd_localsgd; hvd_localsgd.init('mpi')"
+    result = programs.start([programs.sys.executable, "-c", program], 60)
+    assert result.status != 0
+    assert "MPI cannot be loaded" in result.output
+    assert "pip install 'hvd-localsgd[mpi]'" in result.output
