@@ -31,9 +31,7 @@ def train(sync_every: int, ranks: int, folder: Path) -> dict[str, Any]:
     accuracy = re.search(r"test accuracy ([0-9.]+)", output[-1])
     assert accuracy is not None, f"no test accuracy in the last line: {output[-1]!r}"
     rounds = [read(folder, rank) for rank in range(ranks)]
-    average = {
-        key: sum(r[key] for own in rounds for r in own) / ranks for key in (*timing.PARTS, "wall", "bytes")
-    }
+    average = {key: sum(r[key] for own in rounds for r in own) / ranks for key in (*timing.PARTS, "wall", "bytes")}
     return {
         "sync_every": sync_every,
         "ranks": ranks,

@@ -4,9 +4,9 @@ import hvd_localsgd as lsgd
 
 lsgd.init()
 
-import keras  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from datasets import load  # noqa: E402
+import keras
+import tensorflow as tf
+from datasets import load
 
 (x_train, y_train), (x_test, y_test) = load("digits")
 model = keras.Sequential(
@@ -18,9 +18,7 @@ model = keras.Sequential(
         keras.layers.Dense(10),
     ]
 )
-optimizer = lsgd.LocalSGDOptimizer(
-    keras.optimizers.Adam(3e-3), sync_every=8, statistics=model.non_trainable_variables
-)
+optimizer = lsgd.LocalSGDOptimizer(keras.optimizers.Adam(3e-3), sync_every=8, statistics=model.non_trainable_variables)
 loss_function = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 

@@ -6,8 +6,8 @@ import hvd_localsgd as lsgd
 
 lsgd.init()  # before TensorFlow is used, so that each rank gets its own GPU or share of the cores
 
-import keras  # noqa: E402
-from datasets import load  # noqa: E402
+import keras
+from datasets import load
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--dataset", choices=["digits", "mnist", "fashion_mnist", "cifar10"], default="digits")

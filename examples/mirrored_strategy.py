@@ -7,9 +7,9 @@ import hvd_localsgd as lsgd
 
 lsgd.init()
 
-import keras  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from datasets import load  # noqa: E402
+import keras
+import tensorflow as tf
+from datasets import load
 
 if not tf.config.list_physical_devices("GPU"):
     cpu = tf.config.list_physical_devices("CPU")[0]

@@ -175,7 +175,7 @@ class LocalSGD:
         if table["steps"].any():
             if self._all_finite(table):
                 weights = self._weights(table)
-                drift = self._average(weights[communicator.rank], np.count_nonzero(weights), exposed)
+                drift = self._average(weights[communicator.rank], int(np.count_nonzero(weights)), exposed)
                 if self.settings.optimizer_state == "reset":
                     self.state.reset()
                 watch.lap("outer")
@@ -336,7 +336,9 @@ class LocalSGD:
         for rank, other in enumerate(entries):
             who = f"rank {rank} on {names[rank]}", f"rank 0 on {names[0]}"
             if other[0] != first[0]:
-                return f"Settings differ: {who[0]} has {other[0]}, {who[1]} has {first[0]} (schedule, state, weighting)."
+                return (
+                    f"Settings differ: {who[0]} has {other[0]}, {who[1]} has {first[0]} (schedule, state, weighting)."
+                )
             for index, (theirs, ours) in enumerate(zip(other[1:], first[1:], strict=False)):
                 if theirs != ours:
                     return (

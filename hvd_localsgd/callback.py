@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import keras
@@ -49,6 +50,8 @@ class LocalSGDCallback(Callback):
         CommunicatorError: MPI is missing, or is not the launcher's.
     """
 
+    _engine: LocalSGD  # made when training begins
+
     def __init__(
         self,
         sync_every: int | Schedule = 16,
@@ -60,7 +63,6 @@ class LocalSGDCallback(Callback):
         super().__init__()
         self._settings = Settings(as_schedule(sync_every), optimizer_state, weighting)
         self._communicator = devices.get()
-        self._engine: LocalSGD | None = None
         self._training = False
         self._timings = Timings(timings, self._communicator.rank)
 
@@ -88,7 +90,7 @@ class LocalSGDCallback(Callback):
             optimizer.build(model.trainable_variables)
         averaged = [*variables.of_model(model), *variables.moving_averages(optimizer)]
         state = variables.State(optimizer)
-        if self._engine is None or not self._engine.averages(averaged, state):
+        if not hasattr(self, "_engine") or not self._engine.averages(averaged, state):
             self._engine = LocalSGD(self._communicator, averaged, state, self._settings, self._timings)
         seeds = {id(v) for v in model.variables if "seed_generator_state" in v.path}
         self._engine.begin([v for v in (*model.variables, *optimizer.variables) if id(v) not in seeds])
@@ -113,8 +115,8 @@ class LocalSGDCallback(Callback):
         """One local step, or ``steps_per_execution`` of them; a sync if the round is over."""
         engine = self._engine
         engine.watch.lap("compute")
-        done = min(batch + 1, self.params.get("steps") or math.inf)  # the last execution may be a short one
-        due = engine.local_steps(int(done - self._batches))
+        done = min(batch + 1, self.params.get("steps") or sys.maxsize)  # the last execution may be a short one
+        due = engine.local_steps(done - self._batches)
         self._batches = done
         if due:
             self._synchronise(engine.synchronise)
@@ -225,7 +227,7 @@ def _check_not_wrapped(optimizer: Any) -> None:
 
 def _callback_list() -> list[Callback]:
     """The list that is calling us. Keras does not tell callbacks of each other; the caller's frame does."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if isinstance(owner := frame.f_locals.get("self"), CallbackList):
             return owner.callbacks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import keras
@@ -53,6 +54,8 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         RankFailed: on every rank, when another rank failed or its weights are not finite.
     """
 
+    _engine: LocalSGD  # made when training begins
+
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
@@ -74,7 +77,6 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         self._timings_folder = timings
         self._communicator = devices.get()
         self._timings = Timings(timings, self._communicator.rank)
-        self._engine: LocalSGD | None = None
         self._in_training = False
 
     @property
@@ -106,7 +108,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         """The inner optimizer's step; a sync with the other ranks if the round is over."""
         _refuse_xla()
         if not self.built:
-            self.build(list(trainable_variables))
+            self.build(list(trainable_variables or []))
         moved = self._begin_training()
         if not (moved and tf.executing_eagerly()):  # else these are gradients at weights that are no more
             self.inner_optimizer.apply(grads, trainable_variables)
@@ -195,7 +197,8 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
                     "The model is built while its first step is traced, too late to give all ranks the same weights. "
                     "Build it before: begin with keras.Input, or call model.build(shape)."
                 )
-            self._engine = self._engine or self._make_engine()
+            if not hasattr(self, "_engine"):
+                self._engine = self._make_engine()
             self._engine.total_steps = self._updates()  # more than zero after loading from a file
             moved = self._engine.begin(self._trainable_variables, [*statistics, *self.inner_optimizer.variables])
             self._set_next_sync()
@@ -294,7 +297,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
 
 def _caller(kind: type) -> Any:
     """The object of this class whose method is calling us, a few frames up; None if there is none."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     for _ in range(8):
         if frame is None:
             break

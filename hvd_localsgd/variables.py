@@ -25,9 +25,7 @@ def of_model(model: keras.Model) -> list[keras.Variable]:
     Left alone: integers (counters, random seeds, which must differ by rank) and frozen weights, which
     nobody changes. Order: as the model lists them.
     """
-    frozen = {
-        id(v) for layer in model._flatten_layers() for v in layer._trainable_variables if not v.trainable
-    }
+    frozen = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables if not v.trainable}
     statistics = [v for v in model.non_trainable_variables if id(v) not in frozen]
     return floats([*model.trainable_variables, *statistics])
 

@@ -35,7 +35,9 @@ def test_an_error_on_every_rank(what):
     assert "not reached" not in result.output, result.output
     assert error_lines(result.output, EVERY_RANK[what], 0), result.output
     own = {"raises": "ValueError: trouble in", "optimizer_raises": "ValueError: trouble in"}.get(what)
-    own = own or {"raises_before_training": r"ends the job \(KeyError\)", "exits": "ends the job"}.get(what, EVERY_RANK[what])
+    own = own or {"raises_before_training": r"ends the job \(KeyError\)", "exits": "ends the job"}.get(
+        what, EVERY_RANK[what]
+    )
     assert error_lines(result.output, own, 1), result.output
 
 

@@ -31,6 +31,7 @@ class Communicator(ABC):
     local_rank: int
     local_size: int
     host: str
+    takes_tensors = False  # whether it would rather have tensors, which may be on a GPU, than host memory
     busy = False  # in the middle of a sync: an error now must not start another collective call
     failed = False  # some rank has failed, and all ranks know it
     failed = False  # a rank has failed and all ranks know
@@ -54,6 +55,19 @@ class Communicator(ABC):
     @abstractmethod
     def gather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, in order of rank, on every rank."""
+
+    @abstractmethod
+    def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
+        """A communicator for each group of ranks; returns the one of this rank's group.
+
+        Args:
+            groups: disjoint; together all ranks; the same on every rank. In a group, ranks are numbered in the
+                order given.
+        """
+
+    def allreduce_tensor(self, tensor: Any) -> Any:
+        """Sum over ranks of a TensorFlow tensor, on the device where it is. Only where ``takes_tensors``."""
+        raise NotImplementedError(f"{self.name} takes numpy arrays")
 
     @abstractmethod
     def abort(self) -> None:

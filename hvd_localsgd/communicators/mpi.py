@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,20 @@ class MPICommunicator(Communicator):
                 "runs in (`which mpirun`), or rebuild mpi4py against the launcher's MPI."
             )
         self._mpi = MPI
-        self._comm: Any = MPI.COMM_WORLD.Dup()
-        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        self._use(MPI.COMM_WORLD.Dup())
+
+    def _use(self, comm: Any) -> None:
+        node = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
+        self._comm = comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
-        self.host = MPI.Get_processor_name()
+        self.host = self._mpi.Get_processor_name()
         node.Free()
 
     def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
         """Non-blocking allgather, polled, so that a rank that waits long does not burn a core."""
         table = np.empty(self.size, row.dtype)
-        request = self._comm.Iallgather(
-            np.ascontiguousarray(row).reshape(1).view(np.uint8), table.view(np.uint8)
-        )
+        request = self._comm.Iallgather(np.ascontiguousarray(row).reshape(1).view(np.uint8), table.view(np.uint8))
         started, pause = time.perf_counter(), 0.0
         while not request.Test():
             waited = time.perf_counter() - started
@@ -98,6 +100,16 @@ class MPICommunicator(Communicator):
         ends = np.cumsum(lengths)
         return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
 
+    def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
+        """MPI_Comm_split."""
+        places = {rank: (color, key) for color, ranks in enumerate(groups) for key, rank in enumerate(ranks)}
+        if self.rank not in places:
+            raise ValueError(f"rank {self.rank} is in none of the groups {[list(g) for g in groups]}")
+        mine = object.__new__(MPICommunicator)
+        mine._mpi = self._mpi
+        mine._use(self._comm.Split(*places[self.rank]))
+        return mine
+
     def abort(self) -> None:
         """MPI_Abort: the launcher stops every other rank and returns non-zero."""
         self._comm.Abort(1)
@@ -114,4 +126,4 @@ def _prepare_loading() -> None:
         from mpi4py import _mpiabi
     except ImportError:
         return  # mpi4py built from source: bound when it is loaded
-    _mpiabi._dlopen_mode = lambda: os.RTLD_NOW | os.RTLD_GLOBAL
+    vars(_mpiabi)["_dlopen_mode"] = lambda: os.RTLD_NOW | os.RTLD_GLOBAL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,6 +32,10 @@ class SerialCommunicator(Communicator):
     def gather(self, data: bytes) -> list[bytes]:
         """The one there is."""
         return [data]
+
+    def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
+        """One rank is its own group."""
+        return SerialCommunicator()
 
     def abort(self) -> None:
         """Nobody else has to be told."""

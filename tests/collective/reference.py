@@ -42,7 +42,9 @@ def slots(optimizer) -> list:
     return [v for v in optimizer.variables if len(v.shape)]
 
 
-def local_sgd(make_optimizer, interval, batches, *, epochs=1, batch=8, state="keep", weights=None, norm=True, flush=True):
+def local_sgd(
+    make_optimizer, interval, batches, *, epochs=1, batch=8, state="keep", weights=None, norm=True, flush=True
+):
     """Algorithm 1 of Stich (2018) on ``len(batches)`` ranks; rank k has batches[k] batches an epoch.
 
     Within an epoch a round gives each rank up to ``interval`` steps; ranks that took none have weight zero.

@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -63,9 +64,7 @@ def test_fit_follows_algorithm_1_with_each_optimizer_state_policy(lsgd, gather, 
     fit(lsgd, model, 7, lsgd.LocalSGDCallback(sync_every=3, optimizer_state=state), epochs=2)
     models, optimizers = reference.local_sgd(make, 3, [7] * lsgd.size(), epochs=2, state=state)
     reference.assert_close(model, models[0])
-    for mine, expected in zip(
-        reference.slots(model.optimizer), reference.slots(optimizers[lsgd.rank()]), strict=True
-    ):
+    for mine, expected in zip(reference.slots(model.optimizer), reference.slots(optimizers[lsgd.rank()]), strict=True):
         np.testing.assert_allclose(mine.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5, err_msg=mine.path)
     reference.assert_same_everywhere(gather, model)
 
@@ -335,7 +334,7 @@ def test_timings_add_up_and_are_written(lsgd, gather, tmp_path):
     model = reference.compiled(keras.optimizers.SGD(0.05))
     callback = lsgd.LocalSGDCallback(sync_every=3, timings=folder)
     history = fit(lsgd, model, 8, callback, epochs=2)
-    lines = [json.loads(line) for line in open(f"{folder}/rank-{lsgd.rank()}.jsonl", encoding="utf-8")]
+    lines = [json.loads(line) for line in Path(f"{folder}/rank-{lsgd.rank()}.jsonl").read_text().splitlines()]
     parts = ("compute", "input", "wait", "pack", "communicate", "unpack", "outer")
     assert [(r["first_step"], r["last_step"]) for r in lines if r["interval"]] == [
         (1, 3), (4, 6), (7, 8), (9, 11), (12, 14), (15, 16)

@@ -135,9 +135,10 @@ def test_a_step_that_loss_scaling_skips_counts_on_every_rank(lsgd, gather, order
     if lsgd.rank() == 0:
         x[24:32] = np.inf  # the step that a sync should follow
     model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
-    assert gather([(r.first_step, r.last_step) for r in local.timings if r.interval]) == [
-        [(1, 2), (3, 4), (5, 6)]
-    ] * lsgd.size()
+    assert (
+        gather([(r.first_step, r.last_step) for r in local.timings if r.interval])
+        == [[(1, 2), (3, 4), (5, 6)]] * lsgd.size()
+    )
     assert all(np.isfinite(w).all() for w in model.get_weights())
     reference.assert_same_everywhere(gather, model)
     skipped = gather(int(local.iterations.numpy()))

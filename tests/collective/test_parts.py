@@ -154,10 +154,7 @@ def test_ranks_in_different_places_are_told_so(communicator):
     engine = make_engine(communicator, [tf.Variable([1.0])])
     engine.begin([])
     with pytest.raises(header.RankFailed, match="Some ranks start to train while others"):
-        if communicator.rank == 0:
-            engine.synchronise()
-        else:
-            engine.begin([])
+        engine.synchronise() if communicator.rank == 0 else engine.begin([])
 
 
 def test_nothing_to_average(communicator):
