@@ -86,8 +86,7 @@ class LocalSGDCallback(Callback):
             )
         _check_not_wrapped(optimizer)
         self._look_at_the_other_callbacks()
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
+        _build(model)
         averaged = [*variables.of_model(model), *variables.moving_averages(optimizer)]
         state = variables.State(optimizer)
         if not hasattr(self, "_engine") or not self._engine.averages(averaged, state):
@@ -216,6 +215,20 @@ class LocalSGDCallback(Callback):
             )
 
 
+def _build(model: keras.Model) -> None:
+    """Make all weights now: Keras may leave that to the first step, too late to give all ranks the same."""
+    if not all(layer.built for layer in model._flatten_layers()):
+        batches = _caller_local("epoch_iterator")
+        if batches is None:
+            raise ValueError(
+                "The model has no weights yet. Begin it with keras.Input, or call model.build(shape) first."
+            )
+        model._symbolic_build(iterator=batches)
+        batches.reset()
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
 def _check_not_wrapped(optimizer: Any) -> None:
     from hvd_localsgd.optimizer import LocalSGDOptimizer
 
@@ -227,12 +240,18 @@ def _check_not_wrapped(optimizer: Any) -> None:
 
 def _callback_list() -> list[Callback]:
     """The list that is calling us. Keras does not tell callbacks of each other; the caller's frame does."""
-    frame: FrameType | None = sys._getframe(1)
+    owner = _caller_local("self", CallbackList)
+    return owner.callbacks if owner is not None else []
+
+
+def _caller_local(name: str, kind: type = object) -> Any:
+    """The nearest local variable of that name and class in the functions that are calling us; None without."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if isinstance(owner := frame.f_locals.get("self"), CallbackList):
-            return owner.callbacks
+        if name in frame.f_locals and isinstance(frame.f_locals[name], kind):
+            return frame.f_locals[name]
         frame = frame.f_back
-    return []
+    return None
 
 
 def _is_number(value: Any) -> bool:

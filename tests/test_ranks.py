@@ -18,6 +18,6 @@ def test_collective(ranks):
 
 
 def test_mirrored_strategy_on_two_logical_devices():
-    result = programs.mpirun(2, "tests/mirrored_program.py", timeout=180)
+    result = programs.mpirun(2, "-m", "tests.mirrored_program", timeout=180)
     assert result.status == 0, result.output
     assert result.output.count("mirrored program: all is well") == 2, result.output

@@ -315,6 +315,14 @@ def test_dtypes(lsgd, gather, policy):
     reference.assert_same_everywhere(gather, model)
 
 
+def test_a_model_that_has_no_weights_before_its_first_batch(lsgd, gather):
+    keras.utils.set_random_seed(lsgd.rank())
+    model = keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    fit(lsgd, model, 5, lsgd.LocalSGDCallback(sync_every=2))
+    reference.assert_same_everywhere(gather, model)
+
+
 def test_exponential_moving_averages_end_equal(lsgd, gather):
     model = reference.compiled(keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5))
     fit(lsgd, model, 5, lsgd.LocalSGDCallback(sync_every=2))
@@ -370,7 +378,7 @@ def test_time_goes_where_it_was_spent(lsgd):
     rounds = callback.timings[1:-1]  # the first compiles
     assert sum(r.input for r in rounds) > 0.8 * 30 * 0.01
     if lsgd.rank() == slow:
-        assert sum(r.compute for r in rounds) > 30 * 0.02
+        assert sum(r.compute for r in rounds) > 0.7 * 30 * 0.02
     else:
         assert sum(r.wait for r in rounds) > 0.5 * 30 * 0.02
 

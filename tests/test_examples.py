@@ -1,0 +1,60 @@
+"""The examples and the demo, as a user runs them: on two ranks, to a good accuracy."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from . import programs
+
+
+def accuracy(output: str) -> float:
+    found = re.findall(r"<stdout>:test accuracy (\d\.\d+)", output)
+    assert len(found) == 1, output
+    return float(found[0])
+
+
+@pytest.mark.parametrize("example", ["keras_fit.py", "custom_loop.py", "mirrored_strategy.py"])
+def test_example_reaches_its_accuracy(example):
+    result = programs.mpirun(2, f"examples/{example}", timeout=180)
+    assert result.status == 0, result.output
+    assert accuracy(result.output) >= 0.95, result.output
+
+
+def test_keras_fit_without_a_launcher_reads_a_file(tmp_path):
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 400)
+    images = (labels[:, None, None] * 200 + random.integers(0, 50, (400, 8, 8))).astype("uint8")
+    path = tmp_path / "data.npz"
+    np.savez(path, x_train=images[:300], y_train=labels[:300], x_test=images[300:], y_test=labels[300:])
+    line = [programs.sys.executable, "examples/keras_fit.py", "--data", str(path), "--epochs", "2"]
+    result = programs.start(line, 120)
+    assert result.status == 0, result.output
+    assert re.search(r"test accuracy (0\.9|1\.0)", result.output.splitlines()[-1]), result.output
+
+
+def test_keras_fit_says_what_is_wrong_with_a_file(tmp_path):
+    (tmp_path / "bad.npz").write_bytes(b"not a zip file")
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    for name, words in (("bad.npz", "cannot be read"), ("other.npz", "lacks"), ("none.npz", "cannot be read")):
+        line = [programs.sys.executable, "examples/keras_fit.py", "--data", str(tmp_path / name)]
+        result = programs.start(line, 120)
+        assert result.status != 0
+        assert words in result.output, result.output
+
+
+def test_demo(tmp_path):
+    line = [programs.sys.executable, "benchmarks/demo.py", "--output", str(tmp_path)]
+    result = programs.start(line, 240)
+    assert result.status == 0, result.output
+    runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
+    assert [(run["sync_every"], run["ranks"]) for run in runs] == [(1, 2), (16, 2)]
+    for run in runs:
+        assert run["test_accuracy"] >= 0.95
+        seconds = run["seconds"]
+        assert sum(s for part, s in seconds.items() if part != "wall") == pytest.approx(seconds["wall"], rel=0.01)
+    steps = runs[0]["syncs"]
+    assert runs[1]["syncs"] < steps / 8
+    assert runs[0]["bytes"] / runs[0]["syncs"] == runs[1]["bytes"] / runs[1]["syncs"] > 0
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
