@@ -5,13 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test horovod clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
 	$(BIN)/python benchmarks/demo.py --output runs/demo
 
+# Without a C++ compiler the tests that need Horovod are skipped, and say so.
 test: $(VENV)/ready
+	$(BIN)/python -m hvd_localsgd.build_horovod || echo 'NO HOROVOD: its tests are skipped'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
@@ -27,6 +29,10 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  -e '.[tensorflow-cpu,mpi,examples,dev]'
 	@touch $@
+
+# Horovod for this environment: built once, kept as a wheel outside the tree, tried out on two ranks.
+horovod: $(VENV)/ready
+	$(BIN)/python -m hvd_localsgd.build_horovod
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -250,27 +250,18 @@ class LocalSGD:
         return share / share.sum()
 
     def _average(self, weight: float, ranks: int, exposed: Sequence[Any] | None) -> float:
-        """x_k <- sum_j w_j x_j, chunk by chunk; returns the drift, sqrt(1/K sum_k |x_k - average|^2)."""
-        communicator, watch = self.communicator, self.watch
+        """x_k <- sum_j w_j x_j; returns the drift, sqrt(1/K sum_k |x_k - average|^2), over ranks of weight > 0."""
+        communicator = self.communicator
         if communicator.size == 1:
             return 0.0
-        every = max(1, math.ceil(self.variables.elements / DRIFT_SAMPLE))
-        distance, sampled = 0.0, 0
-        with self.variables.open(exposed) as arrays:
-            for number, chunk in enumerate(self._plan):
-                buffer = self._scratch[: chunk.elements * chunk.dtype.itemsize].view(chunk.dtype)
-                chunk.pack(arrays, buffer, weight)
-                watch.lap("pack")
-                communicator.allreduce(buffer)
-                watch.lap("communicate")
-                if weight and number % every == 0:
-                    distance += chunk.squared_distance(arrays, buffer)
-                    sampled += chunk.elements
-                chunk.unpack(arrays, buffer)
-                watch.lap("unpack")
-        share = np.array([distance * self.variables.elements / max(sampled, 1) / ranks])
+        distance = (
+            self._average_tensors(weight, exposed)
+            if communicator.takes_tensors
+            else self._average_memory(weight, exposed)
+        )
+        share = np.array([distance / ranks if weight else 0.0])
         communicator.allreduce(share)
-        watch.lap("communicate")
+        self.watch.lap("communicate")
         if not np.isfinite(share[0]):
             self._fail_together()
             raise header.RankFailed(
@@ -278,6 +269,38 @@ class LocalSGD:
                 f"rank {communicator.rank} on {communicator.host}): lower the learning rate, or clip the gradients."
             )
         return math.sqrt(share[0])
+
+    def _average_memory(self, weight: float, exposed: Sequence[Any] | None) -> float:
+        """Chunk by chunk through a buffer that stays in cache. Returns this rank's squared distance, estimated."""
+        watch = self.watch
+        every = max(1, math.ceil(self.variables.elements / DRIFT_SAMPLE))
+        distance, sampled = 0.0, 0
+        with self.variables.open(exposed) as arrays:
+            for number, chunk in enumerate(self._plan):
+                buffer = self._scratch[: chunk.elements * chunk.dtype.itemsize].view(chunk.dtype)
+                chunk.pack(arrays, buffer, weight)
+                watch.lap("pack")
+                self.communicator.allreduce(buffer)
+                watch.lap("communicate")
+                if number % every == 0:
+                    distance += chunk.squared_distance(arrays, buffer)
+                    sampled += chunk.elements
+                chunk.unpack(arrays, buffer)
+                watch.lap("unpack")
+        return distance * self.variables.elements / max(sampled, 1)
+
+    def _average_tensors(self, weight: float, exposed: Sequence[Any] | None) -> float:
+        """One flat tensor per dtype, on the device where the variables are. Returns this rank's squared distance."""
+        watch, compiled = self.watch, exposed is None
+        flats = self.variables.flat(compiled)
+        variables.finish_device_work()
+        watch.lap("pack")
+        averages = [self.communicator.allreduce_tensor(flat, weight) for flat in flats]
+        variables.finish_device_work()
+        watch.lap("communicate")
+        distance = float(self.variables.assign(averages, compiled))
+        watch.lap("unpack")
+        return distance
 
     def _end_round(self, table: np.ndarray, drift: float) -> None:
         payload = sum(chunk.elements * chunk.dtype.itemsize for chunk in self._plan) if len(table) > 1 else 0

@@ -118,6 +118,8 @@ class LocalSGDCallback(Callback):
         due = engine.local_steps(done - self._batches)
         self._batches = done
         if due:
+            variables.finish_device_work()
+            engine.watch.lap("compute")
             self._synchronise(engine.synchronise)
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:

@@ -18,8 +18,8 @@ def init(communicator: str = "auto") -> None:
     devices and threads when it is first used.
 
     Args:
-        communicator: ``"auto"`` (Horovod if it is initialised, else MPI under a launcher, else one process),
-            ``"mpi"``, ``"horovod"`` or ``"serial"``.
+        communicator: ``"auto"`` (Horovod if it is initialised, else MPI under a launcher, else one process; or what
+            the environment variable HVD_LOCALSGD_COMMUNICATOR says), ``"mpi"``, ``"horovod"`` or ``"serial"``.
 
     Raises:
         CommunicatorError: the communicator cannot be used here.

@@ -143,7 +143,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         # Handles on several devices cannot be inputs of one op. The old values order it after what came before, and
         # assigning what it returns orders it before what comes next.
         def sync(*_: tf.Tensor) -> list[tf.Tensor]:
-            self._sync_eagerly()
+            self._sync_eagerly(exposed=())
             return [component.read_value() for component in parts]
 
         with tf.device("/CPU:0"):

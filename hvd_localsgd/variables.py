@@ -80,6 +80,12 @@ def broadcast(variables: Sequence[Any], communicator: Communicator) -> bool:
     return changed
 
 
+def finish_device_work() -> None:
+    """Wait until GPUs have done what they were given, so that the time that follows is counted to the next part."""
+    if tf.config.list_logical_devices("GPU"):
+        tf.test.experimental.sync_devices()
+
+
 def exists(variable: Any) -> bool:
     """False for a variable that is made by a graph which has not run yet."""
     return all(np.shape(part.numpy()) == tuple(part.shape) for part in components(variable))
@@ -112,6 +118,8 @@ class VariableSet:
             parts[0] for parts in self.components if len(parts) == 1 and _on_cpu(parts[0]) and parts[0].shape.rank
         ]
         self._expose_compiled = tf.function(self.expose, autograph=False)
+        self._read_flat_compiled = tf.function(self.read_flat, autograph=False)
+        self._assign_flat_compiled = tf.function(self.assign_flat, autograph=False)
 
         self.sizes = [int(np.prod(parts[0].shape)) for parts in self.components]
         self.elements = sum(self.sizes)
@@ -157,11 +165,13 @@ class VariableSet:
         CPU memory is seen in place. GPU memory, scalars and replicas are staged: copied out here, assigned at the end.
 
         Args:
-            exposed: what ``expose`` gave inside the graph that is calling us; None: call it here.
+            exposed: from inside a graph, what ``expose`` gave there, or nothing, and then all is staged; None: call
+                it here.
         """
         if exposed is None:
             exposed = self._expose_compiled() if self._in_place else []
-        memory = {id(v): tensor._numpy().reshape(-1) for v, tensor in zip(self._in_place, exposed, strict=True)}
+        # Without ``strict``: nothing exposed, nothing in place.
+        memory = {id(v): tensor._numpy().reshape(-1) for v, tensor in zip(self._in_place, exposed, strict=False)}
         del exposed
         staged = [
             (part, np.array(part.numpy()).reshape(-1))
@@ -180,6 +190,46 @@ class VariableSet:
                 row.clear()
             for part, copy in staged:
                 part.assign(copy.reshape(part.shape))
+
+    # The same for a communicator that takes tensors: one flat tensor per wire dtype, on the variables' device.
+
+    def flat(self, compiled: bool) -> list[tf.Tensor]:
+        """All values end to end; replicas inside this rank (tf.distribute) count as their mean.
+
+        Args:
+            compiled: False inside a graph that is running, where a compiled function could wait for ever.
+        """
+        return self._read_flat_compiled() if compiled else self.read_flat()
+
+    def assign(self, flats: Sequence[tf.Tensor], compiled: bool) -> tf.Tensor:
+        """The inverse of ``flat``, on every replica. Returns the squared distance from the values before, float64."""
+        return (self._assign_flat_compiled if compiled else self.assign_flat)(list(flats))
+
+    def read_flat(self) -> list[tf.Tensor]:
+        """``flat``, traceable."""
+        flats = []
+        for wire, members in self._by_wire_dtype():
+            values = [tf.add_n([tf.cast(part, wire) for part in self.components[i]]) for i in members]
+            counts = [len(self.components[i]) for i in members]
+            flats.append(tf.concat([tf.reshape(v, [-1]) / n for v, n in zip(values, counts, strict=True)], 0))
+        return flats
+
+    def assign_flat(self, flats: list[tf.Tensor]) -> tf.Tensor:
+        """``assign``, traceable."""
+        distance = tf.zeros([], tf.float64)
+        for (wire, members), flat in zip(self._by_wire_dtype(), flats, strict=True):
+            for i, piece in zip(members, tf.split(flat, [self.sizes[i] for i in members]), strict=True):
+                value = tf.reshape(piece, self.components[i][0].shape)
+                gap = tf.cast(self.components[i][0], wire) - value
+                distance += tf.cast(tf.reduce_sum(gap * gap), tf.float64)
+                for part in self.components[i]:
+                    part.assign(tf.cast(value, part.dtype))
+        return distance
+
+    def _by_wire_dtype(self) -> list[tuple[np.dtype, list[int]]]:
+        kinds = (np.dtype(np.float32), np.dtype(np.float64))
+        groups = [(kind, [i for i, dtype in enumerate(self.wire_dtypes) if dtype == kind]) for kind in kinds]
+        return [(kind, members) for kind, members in groups if members]
 
 
 def _on_cpu(variable: tf.Variable) -> bool:

@@ -17,7 +17,7 @@ settings.load_profile("ranks")
 def lsgd():
     import hvd_localsgd
 
-    hvd_localsgd.init(os.environ.get("HVD_LOCALSGD_TEST_COMMUNICATOR", "auto"))
+    hvd_localsgd.init()
     return hvd_localsgd
 
 

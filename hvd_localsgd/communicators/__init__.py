@@ -61,12 +61,11 @@ class Communicator(ABC):
         """A communicator for each group of ranks; returns the one of this rank's group.
 
         Args:
-            groups: disjoint; together all ranks; the same on every rank. In a group, ranks are numbered in the
-                order given.
+            groups: disjoint; together all ranks; the same on every rank. Ranks keep their order inside a group.
         """
 
-    def allreduce_tensor(self, tensor: Any) -> Any:
-        """Sum over ranks of a TensorFlow tensor, on the device where it is. Only where ``takes_tensors``."""
+    def allreduce_tensor(self, tensor: Any, weight: float) -> Any:
+        """Sum over ranks of ``weight`` * a TensorFlow tensor, on its device. Only where ``takes_tensors``."""
         raise NotImplementedError(f"{self.name} takes numpy arrays")
 
     @abstractmethod
@@ -91,8 +90,9 @@ def choose(name: str = "auto") -> Communicator:
     """The communicator of this process, made on the first call and kept.
 
     Args:
-        name: ``"mpi"``, ``"horovod"`` or ``"serial"`` force one. ``"auto"`` takes Horovod if
-            ``horovod.tensorflow`` is initialised, else MPI under a launcher, else one process.
+        name: ``"mpi"``, ``"horovod"`` or ``"serial"`` force one. ``"auto"`` takes what the environment variable
+            HVD_LOCALSGD_COMMUNICATOR says, else Horovod if ``horovod.tensorflow`` is initialised or its launcher
+            uses no MPI, else MPI under a launcher, else one process.
 
     Raises:
         CommunicatorError: it is not installed, or MPI and the launcher do not belong together.
@@ -100,6 +100,8 @@ def choose(name: str = "auto") -> Communicator:
     """
     global _current
     makers: dict[str, Any] = {"mpi": _mpi, "horovod": _horovod, "serial": _serial}
+    if name == "auto":
+        name = os.environ.get("HVD_LOCALSGD_COMMUNICATOR", "auto")
     if name != "auto" and name not in makers:
         raise ValueError(f"communicator must be 'auto', 'mpi', 'horovod' or 'serial'. Received: {name!r}")
     if _current is not None:
@@ -110,7 +112,7 @@ def choose(name: str = "auto") -> Communicator:
             )
         return _current
     if name == "auto":
-        if _horovod_is_initialized():
+        if _horovod_is_initialized() or "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
             name = "horovod"
         else:
             name = "mpi" if under_launcher() or "mpi4py.MPI" in sys.modules else "serial"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -51,12 +52,14 @@ class HorovodCommunicator(Communicator):
     def allreduce(self, buffer: np.ndarray) -> None:
         """Through a tensor in the host's memory."""
         with self._tf.device("/CPU:0"):
-            buffer[:] = self.allreduce_tensor(self._tf.constant(buffer)).numpy()
+            buffer[:] = self.allreduce_tensor(self._tf.constant(buffer), 1.0).numpy()
 
-    def allreduce_tensor(self, tensor: Any) -> Any:
+    def allreduce_tensor(self, tensor: Any, weight: float) -> Any:
         """Sum over ranks where the tensor is: NCCL takes it from a GPU if Horovod was built with it."""
         name = f"hvd_localsgd.allreduce.{tensor.dtype.name}.{tensor.shape}.{self._set.process_set_id}"
-        return self._hvd.allreduce(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
+        return self._hvd.allreduce(
+            tensor * self._tf.cast(weight, tensor.dtype), op=self._hvd.Sum, name=name, process_set=self._set
+        )
 
     def broadcast(self, array: np.ndarray) -> None:
         """Of the raw bytes: Horovod does not know every dtype."""
@@ -77,23 +80,29 @@ class HorovodCommunicator(Communicator):
     def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
         """Horovod's process sets."""
         mine: HorovodCommunicator | None = None
-        for ranks in groups:
-            process_set = self._hvd.ProcessSet(list(ranks))
-            if len(ranks) == self._hvd.size():
-                process_set = self._hvd.global_process_set
-            else:
-                process_set = self._hvd.add_process_set(process_set)
+        for ranks in map(sorted, groups):
+            everyone = len(ranks) == self._hvd.size()
+            process_set = self._hvd.global_process_set if everyone else self._add(self._hvd.ProcessSet(ranks))
             if self._hvd.rank() in ranks:
                 mine = object.__new__(HorovodCommunicator)
                 mine.__dict__.update(self.__dict__)
                 mine._set = process_set
-                mine.rank, mine.size = list(ranks).index(self._hvd.rank()), len(ranks)
+                mine.rank, mine.size = ranks.index(self._hvd.rank()), len(ranks)
         if mine is None:
             raise ValueError(f"rank {self._hvd.rank()} is in none of the groups {[list(g) for g in groups]}")
         names = [host.decode() for host in mine.gather(mine.host.encode())]
         mine.local_size = names.count(mine.host)
         mine.local_rank = names[: mine.rank].count(mine.host)
         return mine
+
+    def _add(self, process_set: Any) -> Any:
+        try:
+            return self._hvd.add_process_set(process_set)
+        except ValueError as error:
+            raise CommunicatorError(
+                f"Horovod cannot make sub-groups now ({error}) Let lsgd.init(communicator='horovod') initialise Horovod, "
+                "or set that variable before hvd.init()."
+            ) from error
 
     def abort(self) -> None:
         """The launcher stops all others when one process ends with an error."""
@@ -117,7 +126,12 @@ def _within(timeout: float | None, call: Callable[[], np.ndarray]) -> np.ndarray
     if timeout is None:
         return call()
     results: list[np.ndarray] = []
-    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):  # Horovod was shut down: as good as no answer
+            results.append(call())
+
+    thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(timeout)
     if not results:

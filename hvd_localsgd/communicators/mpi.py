@@ -102,12 +102,12 @@ class MPICommunicator(Communicator):
 
     def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
         """MPI_Comm_split."""
-        places = {rank: (color, key) for color, ranks in enumerate(groups) for key, rank in enumerate(ranks)}
-        if self.rank not in places:
+        colors = {rank: color for color, ranks in enumerate(groups) for rank in ranks}
+        if self.rank not in colors:
             raise ValueError(f"rank {self.rank} is in none of the groups {[list(g) for g in groups]}")
         mine = object.__new__(MPICommunicator)
         mine._mpi = self._mpi
-        mine._use(self._comm.Split(*places[self.rank]))
+        mine._use(self._comm.Split(colors[self.rank], self.rank))
         return mine
 
     def abort(self) -> None:

@@ -48,6 +48,23 @@ def test_gather_keeps_order_and_content(lsgd, data):
     assert communicator.gather(data[communicator.rank % 4]) == [data[k % 4] for k in range(communicator.size)]
 
 
+def test_subgroups_talk_among_themselves(communicator):
+    size = communicator.size
+    groups = [list(range(0, size, 2)), list(range(size - 1 - size % 2, 0, -2))] if size > 1 else [[0]]
+    own = next(group for group in groups if communicator.rank in group)
+    part = communicator.subgroup(groups)
+    own.sort()
+    assert (part.rank, part.size) == (own.index(communicator.rank), len(own))
+    buffer = np.array([communicator.rank, 1.0])
+    part.allreduce(buffer)
+    assert buffer.tolist() == [sum(own), len(own)]
+    assert part.gather(str(communicator.rank).encode()) == [str(k).encode() for k in own]
+    array = np.array([communicator.rank])
+    part.broadcast(array)
+    assert array[0] == own[0]
+    communicator.gather(b"")  # nobody leaves early
+
+
 def test_exchange_gives_each_ranks_row(communicator):
     rank = communicator.rank
     table = header.exchange(communicator, header.row(steps=rank, position=math.inf, stop=rank == 0, samples=0.5))

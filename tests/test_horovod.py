@@ -1,0 +1,135 @@
+"""The same tests over real Horovod, and the same weights as over MPI. `make test` builds Horovod before."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from . import programs
+
+needs_horovod = pytest.mark.skipif(
+    importlib.util.find_spec("horovod") is None, reason="Horovod is not installed: make horovod"
+)
+CHOSEN = {"HVD_LOCALSGD_COMMUNICATOR": "horovod"}
+
+
+def horovodrun(ranks, *program, timeout=300, environment=None):
+    line = [str(Path(sys.executable).parent / "horovodrun"), "-np", str(ranks), sys.executable, *program]
+    path = {"PATH": f"{Path(sys.executable).parent}:{programs.os.environ['PATH']}"}
+    return programs.start(line, timeout, {**path, **(environment or {})})
+
+
+def assert_all_passed(result, ranks, at_least):
+    passed = [int(n) for n in re.findall(r"\b(\d+) passed", result.output)]
+    assert result.status == 0, result.output
+    assert len(passed) == ranks, result.output
+    assert min(passed) >= at_least, result.output
+
+
+@needs_horovod
+def test_parts_under_horovodrun():
+    tests = ("-m", "pytest", "-q", "--color=no", "tests/collective/test_parts.py")
+    assert_all_passed(horovodrun(2, *tests, environment=CHOSEN), 2, 14)
+
+
+@needs_horovod
+def test_collective_tests_over_horovod_under_mpirun():
+    tests = ("-m", "pytest", "-q", "--color=no", "tests/collective")
+    assert_all_passed(programs.mpirun(2, *tests, timeout=900, environment=CHOSEN), 2, 80)
+
+
+@needs_horovod
+def test_parts_over_horovod_on_four_ranks():
+    tests = ("-m", "pytest", "-q", "--color=no", "tests/collective/test_parts.py")
+    assert_all_passed(programs.mpirun(4, *tests, timeout=600, environment=CHOSEN), 4, 14)
+
+
+@needs_horovod
+@pytest.mark.parametrize("communicator", ["horovod", "mpi"])
+def test_the_example_under_horovodrun(communicator):
+    result = horovodrun(2, "examples/keras_fit.py", environment={"HVD_LOCALSGD_COMMUNICATOR": communicator})
+    assert result.status == 0, result.output
+    accuracy = re.search(r"test accuracy (\d\.\d+)", result.output)
+    assert accuracy is not None, result.output
+    assert float(accuracy[1]) >= 0.95
+
+
+@needs_horovod
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_same_weights_over_mpi_and_horovod(ranks, tmp_path):
+    results = {}
+    for communicator in ("mpi", "horovod"):
+        path = tmp_path / f"{communicator}.npz"
+        chosen = {"HVD_LOCALSGD_COMMUNICATOR": communicator}
+        result = programs.mpirun(ranks, "-m", "tests.same_training", str(path), timeout=300, environment=chosen)
+        assert result.status == 0, result.output
+        results[communicator] = dict(np.load(path))
+        assert results[communicator].pop("communicator") == communicator
+        assert results[communicator].pop("size") == ranks
+    assert len(results["mpi"]) == 2 * 2 * 8
+    for key, weight in results["mpi"].items():
+        np.testing.assert_allclose(weight, results["horovod"][key], rtol=2e-5, atol=2e-6, err_msg=key)
+
+
+@needs_horovod
+@pytest.mark.parametrize("first", ["horovod", "package"])
+def test_both_in_one_process_in_either_order(first):
+    chosen = {"horovod": "horovod", "package": "mpi"}[first]
+    program = {
+        "horovod": "import horovod.tensorflow as hvd; hvd.init(); import hvd_localsgd as lsgd; lsgd.init(); ",
+        "package": "import hvd_localsgd as lsgd; lsgd.init(); import horovod.tensorflow as hvd; hvd.init(); ",
+    }[first] + (
+        "from hvd_localsgd import devices; import tensorflow as tf; from mpi4py import MPI; "
+        "c = devices.get(); ours = c.gather(b'x'); theirs = float(hvd.allreduce(tf.constant(1.0), op=hvd.Sum)); "
+        f"seen = (c.name, len(ours), theirs, MPI.COMM_WORLD.allreduce(1)); c.gather(b''); "
+        f"assert seen == ({chosen!r}, 2, 2.0, 2), seen"
+    )
+    result = programs.mpirun(2, "-c", program)
+    assert result.status == 0, result.output
+
+
+@needs_horovod
+@pytest.mark.parametrize("what", ["raises", "shape"])
+def test_a_failure_reaches_every_rank_over_horovod(what):
+    result = programs.mpirun(2, "tests/failing_program.py", what, timeout=90, environment=CHOSEN)
+    assert result.status != 0
+    assert "not reached" not in result.output
+    words = {"raises": "rank 1 on .* failed: ValueError: trouble", "shape": "Ranks hold different models"}[what]
+    assert re.search(rf"\[1,0\]<stderr>:.*{words}", result.output), result.output
+
+
+def test_without_horovod_asking_for_it_says_how_to_get_it():
+    program = "import sys; sys.modules['horovod'] = None; import hvd_localsgd; hvd_localsgd.init('horovod')"
+    result = programs.start([sys.executable, "-c", program], 60)
+    assert result.status != 0
+    assert "Horovod for TensorFlow cannot be loaded" in result.output, result.output
+    assert "make horovod" in result.output
+
+
+def test_without_horovod_nothing_mentions_it():
+    program = (
+        "import sys; sys.modules['horovod'] = None; import numpy as np; import hvd_localsgd as lsgd; import keras; "
+        "model = keras.Sequential([keras.layers.Dense(1)]); model.compile('sgd', 'mse'); "
+        "model.fit(np.ones((8, 2)), np.ones((8, 1)), callbacks=[lsgd.LocalSGDCallback(2)])"
+    )
+    result = programs.mpirun(2, "-c", program)
+    assert result.status == 0, result.output
+    assert "horovod" not in result.output.lower(), result.output
+
+
+def test_another_communicator_than_the_one_in_use_is_an_error():
+    program = "import hvd_localsgd as lsgd; lsgd.init('serial'); lsgd.init(); lsgd.init('mpi')"
+    result = programs.start([sys.executable, "-c", program], 60)
+    assert result.status != 0
+    assert "'serial' is in use already" in result.output
+    result = programs.start([sys.executable, "-c", "import hvd_localsgd as lsgd; lsgd.init('tcp')"], 60)
+    assert "Received: 'tcp'" in result.output
+
+
+@needs_horovod
+def test_the_baseline_of_the_benchmarks_is_parallel_sgd():
+    result = programs.mpirun(2, "-m", "tests.baseline_program")
+    assert result.status == 0, result.output
