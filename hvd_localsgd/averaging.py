@@ -32,7 +32,6 @@ OptimizerState = Literal["keep", "average", "reset"]
 
 FINISHED = math.inf
 _BEGIN = -1.0
-CHUNK_BYTES = 2 << 20  # stays in cache between pack, allreduce and unpack (docs/performance.md)
 DRIFT_SAMPLE = 1 << 20  # elements; the drift of larger models is estimated from evenly spread chunks
 
 
@@ -96,9 +95,9 @@ class LocalSGD:
         self.wants_stop = False
         self.position = 0.0
         self._reached = FINISHED
-        self._plan = list(_chunks(self.variables))
-        largest = max((chunk.elements * chunk.dtype.itemsize for chunk in self._plan), default=0)
-        self._scratch = np.empty(largest, np.uint8)
+        self._payload = sum(
+            n * d.itemsize for n, d in zip(self.variables.sizes, self.variables.wire_dtypes, strict=True)
+        )
         self._probe = self.variables.smallest(len(averaged))
         self._model = self._fingerprint()
 
@@ -128,6 +127,10 @@ class LocalSGD:
             raise ValueError(message)
         moved = False
         if communicator.size > 1:
+            communicator.tune(self._payload)
+            self._plan = list(_chunks(self.variables, communicator.chunk_bytes))
+            scratch = max((chunk.elements * chunk.dtype.itemsize for chunk in self._plan), default=0)
+            self._scratch = np.empty(scratch, np.uint8)
             moved = variables.broadcast(weights, communicator)
             variables.broadcast(others, communicator)
         self.position, self._reached = 0.0, 0.0
@@ -277,15 +280,20 @@ class LocalSGD:
         distance, sampled = 0.0, 0
         with self.variables.open(exposed) as arrays:
             for number, chunk in enumerate(self._plan):
-                buffer = self._scratch[: chunk.elements * chunk.dtype.itemsize].view(chunk.dtype)
-                chunk.pack(arrays, buffer, weight)
+                sample = number % every == 0
+                if chunk.direct and not sample:
+                    buffer = chunk.scale(arrays, weight)
+                else:
+                    buffer = self._scratch[: chunk.elements * chunk.dtype.itemsize].view(chunk.dtype)
+                    chunk.pack(arrays, buffer, weight)
                 watch.lap("pack")
                 self.communicator.allreduce(buffer)
                 watch.lap("communicate")
-                if number % every == 0:
+                if sample:
                     distance += chunk.squared_distance(arrays, buffer)
                     sampled += chunk.elements
-                chunk.unpack(arrays, buffer)
+                if sample or not chunk.direct:
+                    chunk.unpack(arrays, buffer)
                 watch.lap("unpack")
         return distance * self.variables.elements / max(sampled, 1)
 
@@ -303,8 +311,7 @@ class LocalSGD:
         return distance
 
     def _end_round(self, table: np.ndarray, drift: float) -> None:
-        payload = sum(chunk.elements * chunk.dtype.itemsize for chunk in self._plan) if len(table) > 1 else 0
-        self._record(self.interval, payload, drift)
+        self._record(self.interval, self._payload if len(table) > 1 else 0, drift)
         self.interval = self.settings.schedule.interval(int(table["total"].max()))
 
     def _record(self, interval: int, payload: int, drift: float) -> None:
@@ -383,6 +390,14 @@ class _Chunk:
     dtype: np.dtype
     elements: int
     pieces: list[tuple[int, int, int, int]]  # variable, start, stop, offset in the chunk
+    direct: bool  # one piece of one variable that can be averaged where it is
+
+    def scale(self, arrays: list[list[np.ndarray]], weight: float) -> np.ndarray:
+        """variable <- weight * variable, in its own memory; a direct chunk only."""
+        index, start, stop, _ = self.pieces[0]
+        own = arrays[index][0][start:stop]
+        np.multiply(own, own.dtype.type(weight), out=own)
+        return own
 
     def pack(self, arrays: list[list[np.ndarray]], buffer: np.ndarray, weight: float) -> None:
         """buffer <- weight * variables; replicas inside this rank (tf.distribute) count as their mean."""
@@ -409,21 +424,32 @@ class _Chunk:
                 array[start:stop] = buffer[offset : offset + stop - start]
 
 
-def _chunks(variable_set: variables.VariableSet) -> Iterator[_Chunk]:
-    """Every element of every variable in exactly one chunk, wide dtypes (float64) apart from the others."""
+def _chunks(variable_set: variables.VariableSet, chunk_bytes: int) -> Iterator[_Chunk]:
+    """Every element of every variable in exactly one chunk.
+
+    A variable of at least a sixteenth of a chunk has chunks of its own, which are averaged where they lie; smaller ones
+    are laid end to end. Chunks of float64 are apart from the others, which travel as float32.
+    """
     for wire in (np.dtype(np.float32), np.dtype(np.float64)):
-        capacity = CHUNK_BYTES // wire.itemsize
+        capacity = max(1, chunk_bytes // wire.itemsize)
         pieces: list[tuple[int, int, int, int]] = []
         used = 0
         for index, (size, dtype) in enumerate(zip(variable_set.sizes, variable_set.wire_dtypes, strict=True)):
+            if dtype != wire:
+                continue
+            if variable_set.in_wire_dtype[index] and size >= capacity / 16:
+                for start in range(0, size, capacity):
+                    stop = min(size, start + capacity)
+                    yield _Chunk(wire, stop - start, [(index, start, stop, 0)], direct=True)
+                continue
             start = 0
-            while dtype == wire and start < size:
+            while start < size:
                 stop = min(size, start + capacity - used)
                 pieces.append((index, start, stop, used))
                 used += stop - start
                 start = stop
                 if used == capacity:
-                    yield _Chunk(wire, used, pieces)
+                    yield _Chunk(wire, used, pieces, direct=False)
                     pieces, used = [], 0
         if used:
-            yield _Chunk(wire, used, pieces)
+            yield _Chunk(wire, used, pieces, direct=False)

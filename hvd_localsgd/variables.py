@@ -126,6 +126,12 @@ class VariableSet:
         doubles = [parts[0].dtype.base_dtype == tf.float64 for parts in self.components]
         self.wire_dtypes = [np.dtype(np.float64 if double else np.float32) for double in doubles]
 
+        # Alone on its device and of the dtype that travels: its memory can be the allreduce's buffer.
+        self.in_wire_dtype = [
+            len(parts) == 1 and parts[0].dtype.as_numpy_dtype == wire
+            for parts, wire in zip(self.components, self.wire_dtypes, strict=True)
+        ]
+
     def smallest(self, among: int) -> tf.Variable | None:
         """The smallest of the first ``among`` variables."""
         candidates = [(size, i) for i, size in enumerate(self.sizes[:among]) if size]

@@ -31,6 +31,7 @@ class Communicator(ABC):
     local_rank: int
     local_size: int
     host: str
+    chunk_bytes = 2 << 20  # what ``allreduce`` is best given at a time
     takes_tensors = False  # whether it would rather have tensors, which may be on a GPU, than host memory
     busy = False  # in the middle of a sync: an error now must not start another collective call
     failed = False  # some rank has failed, and all ranks know it
@@ -43,6 +44,10 @@ class Communicator(ABC):
         Waiting for slower ranks happens here, gently (the core is given to others).
         Raises TimeoutError if ``timeout`` seconds were not enough.
         """
+
+    @abstractmethod
+    def tune(self, payload: int) -> None:
+        """Choose ``chunk_bytes`` and how ``allreduce`` works, for ``payload`` bytes a sync. Cheap; done once."""
 
     @abstractmethod
     def allreduce(self, buffer: np.ndarray) -> None:

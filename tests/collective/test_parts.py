@@ -42,6 +42,17 @@ def test_allreduce_sums_and_broadcast_copies(communicator):
         np.testing.assert_array_equal(array, np.full(7, 1).astype(dtype))
 
 
+@pytest.mark.parametrize("elements", [1, 5, 1000])
+def test_the_ring_sums_and_gives_all_ranks_the_same_bits(communicator, gather, elements):
+    if communicator.name != "mpi":
+        pytest.skip("the ring is MPI's")
+    own = np.random.default_rng(communicator.rank).normal(size=elements).astype(np.float32)
+    everyone = gather(own.astype("float64"))
+    communicator._allreduce_ring(own)
+    np.testing.assert_allclose(own, np.sum(everyone, axis=0), rtol=1e-5, atol=1e-6)
+    assert len(set(gather(own.tobytes()))) == 1
+
+
 @given(st.lists(st.binary(max_size=50), min_size=4, max_size=4))
 def test_gather_keeps_order_and_content(lsgd, data):
     communicator = devices.get()
@@ -96,24 +107,26 @@ def test_the_average_is_numpys_for_any_shapes_and_dtypes(lsgd, gather, specs, se
     engine.finish()
 
 
-@given(st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=12), st.integers(1, 16))
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.booleans()), min_size=1, max_size=12), st.integers(1, 16)
+)
 def test_chunks_hold_every_element_once(specs, capacity):
     class Sizes:
-        sizes = [size for size, _ in specs]
-        wire_dtypes = [np.dtype(np.float64 if double else np.float32) for _, double in specs]
+        sizes = [size for size, _, _ in specs]
+        wire_dtypes = [np.dtype(np.float64 if double else np.float32) for _, double, _ in specs]
+        in_wire_dtype = [direct for _, _, direct in specs]
 
-    seen = [np.zeros(size, int) for size, _ in specs]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(averaging, "CHUNK_BYTES", capacity * 8)
-        for chunk in averaging._chunks(Sizes()):
-            assert 0 < chunk.elements * chunk.dtype.itemsize <= capacity * 8
-            offset = 0
-            for index, start, stop, at in chunk.pieces:
-                assert at == offset
-                assert Sizes.wire_dtypes[index] == chunk.dtype
-                seen[index][start:stop] += 1
-                offset += stop - start
-            assert offset == chunk.elements
+    seen = [np.zeros(size, int) for size, _, _ in specs]
+    for chunk in averaging._chunks(Sizes(), capacity * 8):
+        assert 0 < chunk.elements * chunk.dtype.itemsize <= capacity * 8
+        offset = 0
+        for index, start, stop, at in chunk.pieces:
+            assert at == offset
+            assert Sizes.wire_dtypes[index] == chunk.dtype
+            seen[index][start:stop] += 1
+            offset += stop - start
+        assert offset == chunk.elements
+        assert not chunk.direct or (len(chunk.pieces) == 1 and Sizes.in_wire_dtype[chunk.pieces[0][0]])
     assert all((count == 1).all() for count in seen)
 
 
