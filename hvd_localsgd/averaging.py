@@ -61,7 +61,7 @@ class LocalSGD:
 
     Args:
         communicator: through what.
-        averaged: variables to average, floating dtypes, the same list on every rank. The first is probed for NaN.
+        averaged: variables to average, floating dtypes, the same list on every rank.
         state: the optimizer's float state, averaged or reset as ``settings`` say.
         settings: when, and how.
         timings: where the rounds are kept.
@@ -248,7 +248,7 @@ class LocalSGD:
 
     def _weights(self, table: np.ndarray) -> np.ndarray:
         share = (table["steps"] > 0).astype(float)
-        if self.settings.weighting == "samples":
+        if self.settings.weighting == "samples" and (share * table["samples"]).any():
             share *= table["samples"]
         return share / share.sum()
 

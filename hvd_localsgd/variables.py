@@ -154,14 +154,18 @@ class VariableSet:
         it also turns on copy-on-read, which is turned off again so that reads stay free.
         """
         tensors = []
+        # Few constants, shared: thousands of small variables would otherwise take minutes to trace.
+        zero, one = tf.constant([0]), tf.constant([1])
+        nothing: dict[Any, tf.Tensor] = {}
         for variable in self._in_place:
-            with tf.device(variable.device):
-                nothing = tf.zeros([0, *variable.shape[1:]], variable.dtype)
-                tf.raw_ops.ResourceStridedSliceAssign(
-                    ref=variable.handle, begin=[0], end=[0], strides=[1], value=nothing
-                )
-                tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
-                tensors.append(tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype))
+            kind = (variable.dtype, tuple(variable.shape[1:]))
+            if kind not in nothing:
+                nothing[kind] = tf.constant(np.empty((0, *kind[1]), variable.dtype.as_numpy_dtype))
+            tf.raw_ops.ResourceStridedSliceAssign(
+                ref=variable.handle, begin=zero, end=zero, strides=one, value=nothing[kind]
+            )
+            tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
+            tensors.append(tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype))
         return tensors
 
     @contextmanager
