@@ -127,10 +127,11 @@ class LocalSGD:
             raise ValueError(message)
         moved = False
         if communicator.size > 1:
-            communicator.tune(self._payload)
-            self._plan = list(_chunks(self.variables, communicator.chunk_bytes))
-            scratch = max((chunk.elements * chunk.dtype.itemsize for chunk in self._plan), default=0)
-            self._scratch = np.empty(scratch, np.uint8)
+            if not communicator.takes_tensors:
+                communicator.tune(self._payload)
+                self._plan = list(_chunks(self.variables, communicator.chunk_bytes))
+                scratch = max((chunk.elements * chunk.dtype.itemsize for chunk in self._plan), default=0)
+                self._scratch = np.empty(scratch, np.uint8)
             moved = variables.broadcast(weights, communicator)
             variables.broadcast(others, communicator)
         self.position, self._reached = 0.0, 0.0

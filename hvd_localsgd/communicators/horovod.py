@@ -22,7 +22,6 @@ class HorovodCommunicator(Communicator):
     """
 
     name = "horovod"
-    chunk_bytes = 64 << 20  # as large as Horovod's own fusion buffer: its calls have a cycle time
     takes_tensors = True
 
     def __init__(self) -> None:

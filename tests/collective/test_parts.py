@@ -53,6 +53,22 @@ def test_the_ring_sums_and_gives_all_ranks_the_same_bits(communicator, gather, e
     assert len(set(gather(own.tobytes()))) == 1
 
 
+def test_tuning_chooses_alike_on_every_rank(communicator, gather, monkeypatch):
+    monkeypatch.delenv("HVD_LOCALSGD_CHUNK_MB", raising=False)
+    part = communicator.subgroup([list(range(communicator.size))])
+    part.tune(1 << 30)
+    assert len(set(gather((part.chunk_bytes, getattr(part, "_ring", None))))) == 1
+    buffer = np.arange(100_000, dtype=np.float32) * (communicator.rank + 1)
+    part.allreduce(buffer)
+    total = communicator.size * (communicator.size + 1) / 2
+    np.testing.assert_allclose(buffer, np.arange(100_000) * total, rtol=1e-6)
+    if communicator.name == "mpi":
+        assert part._tuned
+        monkeypatch.setenv("HVD_LOCALSGD_CHUNK_MB", "3")
+        part.tune(1 << 30)
+        assert part.chunk_bytes == 3 << 20
+
+
 @given(st.lists(st.binary(max_size=50), min_size=4, max_size=4))
 def test_gather_keeps_order_and_content(lsgd, data):
     communicator = devices.get()
