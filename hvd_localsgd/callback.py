@@ -9,13 +9,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import keras
 from keras.callbacks import Callback, CallbackList, ProgbarLogger
 
-from hvd_localsgd import devices, variables
+from hvd_localsgd import devices, frames, variables
 from hvd_localsgd.averaging import LocalSGD, OptimizerState, Settings, Weighting
 from hvd_localsgd.schedules import Schedule, as_schedule
 from hvd_localsgd.timing import PARTS, Round, Timings, print_table
@@ -220,7 +219,7 @@ class LocalSGDCallback(Callback):
 def _build(model: keras.Model) -> None:
     """Make all weights now: Keras may leave that to the first step, too late to give all ranks the same."""
     if not all(layer.built for layer in model._flatten_layers()):
-        batches = _caller_local("epoch_iterator")
+        batches = frames.caller_local("epoch_iterator")
         if batches is None:
             raise ValueError(
                 "The model has no weights yet. Begin it with keras.Input, or call model.build(shape) first."
@@ -242,18 +241,8 @@ def _check_not_wrapped(optimizer: Any) -> None:
 
 def _callback_list() -> list[Callback]:
     """The list that is calling us. Keras does not tell callbacks of each other; the caller's frame does."""
-    owner = _caller_local("self", CallbackList)
+    owner = frames.caller_local("self", CallbackList)
     return owner.callbacks if owner is not None else []
-
-
-def _caller_local(name: str, kind: type = object) -> Any:
-    """The nearest local variable of that name and class in the functions that are calling us; None without."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if name in frame.f_locals and isinstance(frame.f_locals[name], kind):
-            return frame.f_locals[name]
-        frame = frame.f_back
-    return None
 
 
 def _is_number(value: Any) -> bool:

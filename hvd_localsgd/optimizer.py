@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import keras
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-from hvd_localsgd import devices, variables
+from hvd_localsgd import devices, frames, variables
 from hvd_localsgd.averaging import LocalSGD, OptimizerState, Settings
 from hvd_localsgd.schedules import Schedule, as_schedule
 from hvd_localsgd.timing import Round, Timings, print_table
@@ -164,7 +163,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         That one skips ``apply`` on a rank whose gradients overflow, and tells nobody: the rank would fall behind the
         others. So when it builds us, ask it to tell us.
         """
-        wrapper = _caller(keras.optimizers.LossScaleOptimizer)
+        wrapper = frames.caller_local("self", keras.optimizers.LossScaleOptimizer)
         if wrapper is None or wrapper is self.inner_optimizer:
             return
         skip = wrapper._stateful_handle_non_finite_grads
@@ -293,18 +292,6 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         for key in ("inner_optimizer", "sync_every"):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
-
-
-def _caller(kind: type) -> Any:
-    """The object of this class whose method is calling us, a few frames up; None if there is none."""
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(8):
-        if frame is None:
-            break
-        if isinstance(owner := frame.f_locals.get("self"), kind):
-            return owner
-        frame = frame.f_back
-    return None
 
 
 def _refuse_xla() -> None:
