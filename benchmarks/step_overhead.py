@@ -2,26 +2,27 @@
 
 python benchmarks/step_overhead.py --json runs/step_overhead.json
 
-One process, so that nothing but our own code is measured; rounds are longer than the run, so that nothing is synchronised. The
-three ways take turns, and each step's time is the median over epochs of an epoch's mean.
+Rounds are longer than the run, so that nothing is synchronised; by default one rank, so that nothing but our own code is measured.
+The three ways take turns, a short fit each, and what is reported is the median over turns of the difference to the plain fit of
+the same turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import report
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-for _variable in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
-    os.environ.setdefault(_variable, "1")
+
+def measure(arguments: argparse.Namespace) -> report.Rows:
+    """Rows for each width: plain, callback, optimizer."""
+    return [row for width in arguments.widths for row in measure_width(width, arguments.steps, arguments.repeats)]
 
 
-def measure(width: int, steps: int, epochs: int) -> list[dict[str, Any]]:
+def measure_width(width: int, steps: int, repeats: int) -> report.Rows:
     """Seconds of a step, each way, for a dense model of this width."""
     import keras
     import numpy as np
@@ -53,33 +54,44 @@ def measure(width: int, steps: int, epochs: int) -> list[dict[str, Any]]:
             self.ended = time.perf_counter()
 
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for epoch in range(epochs + 1):
+    for turn in range(repeats + 1):
         for way, (built, callbacks) in ways.items():
             clock = Clock()
-            built.fit(data, epochs=1, verbose=0, callbacks=[*callbacks, clock])
-            if epoch:
+            built.fit(data, epochs=1, verbose=0, shuffle=False, callbacks=[*callbacks, clock])
+            if turn:
                 seconds[way].append((clock.ended - clock.began) / (steps - 1))
-    median = {way: float(np.median(values)) for way, values in seconds.items()}
-    return [
-        {"width": width, "way": way, "step_s": value, "added": value / median["plain"] - 1}
-        for way, value in median.items()
-    ]
+    plain = np.array(seconds["plain"])
+    rows = []
+    for way, values in seconds.items():
+        added = float(np.median(np.array(values) - plain))
+        rows.append(
+            {
+                "width": width,
+                "way": way,
+                "step_s": float(np.median(values)),
+                "added_s": added,
+                "added %": 100 * added / float(np.median(plain)),
+            }
+        )
+    return rows
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 512])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, default=Path("runs/step_overhead.json"))
-    arguments = parser.parse_args()
-    rows = [row for width in arguments.widths for row in measure(width, arguments.steps, arguments.repeats)]
-    for row in rows:
-        row["added %"] = f"{100 * row['added']:+.1f}"
-    report.write(arguments.json, rows)
-    report.show("A step without a sync", rows, ("width", "way", "step_s", "added %"))
+def draw(figure: Any, rows: report.Rows) -> None:
+    """Three bars per width."""
+    report.bars(
+        figure, rows, lambda row: f"{row['width']}: {row['way']}", {"step_s": "a step without a sync"}, "seconds"
+    )
+
+
+def main() -> int:
+    """Measure, print, write; the exit status."""
+    parser = report.parser(__doc__, repeats=25)
+    parser.set_defaults(ranks=[1])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 256], help="of a dense model, batch 32")
+    parser.add_argument("--steps", type=int, default=100, help="of each short fit")
+    columns = ("width", "way", "step_s", "added_s", "added %")
+    return report.run(parser.parse_args(), measure, "A step without a sync", columns, draw)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

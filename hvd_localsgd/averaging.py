@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hvd_localsgd import failures, header, variables
+from hvd_localsgd import failures, header, memory, variables
 from hvd_localsgd.communicators import Communicator
 from hvd_localsgd.schedules import Schedule
 from hvd_localsgd.timing import Round, Stopwatch, Timings
@@ -88,16 +88,14 @@ class LocalSGD:
         self._finish_at_exit = finish_at_exit
         self.state = state
         extra = state.variables if settings.optimizer_state == "average" else []
-        self.variables = variables.VariableSet([*averaged, *extra])
+        self.variables = variables.VariableSet([*averaged, *extra], as_memory=not communicator.takes_tensors)
         self.timings = timings
         self.watch = Stopwatch()
         self.total_steps = 0
         self.wants_stop = False
         self.position = 0.0
         self._reached = FINISHED
-        self._payload = sum(
-            n * d.itemsize for n, d in zip(self.variables.sizes, self.variables.wire_dtypes, strict=True)
-        )
+        self._payload = sum(block.size * block.wire.itemsize for block in self.variables.blocks)
         self._probe = self.variables.smallest(len(averaged))
         self._model = self._fingerprint()
 
@@ -127,19 +125,25 @@ class LocalSGD:
             raise ValueError(message)
         moved = False
         if communicator.size > 1:
-            if not communicator.takes_tensors:
-                communicator.tune(self._payload)
-                self._plan = list(_chunks(self.variables, communicator.chunk_bytes))
-                scratch = max((chunk.elements * chunk.dtype.itemsize for chunk in self._plan), default=0)
-                self._scratch = np.empty(scratch, np.uint8)
             moved = variables.broadcast(weights, communicator)
             variables.broadcast(others, communicator)
+            if not communicator.takes_tensors:
+                self._prepare_memory()
         self.position, self._reached = 0.0, 0.0
         self.wants_stop = self.stop = False
         self.interval = self.settings.schedule.interval(int(table["total"].max()))
         self._start_round()
         communicator.busy = False
         return moved
+
+    def _prepare_memory(self) -> None:
+        self.communicator.tune(self._payload)
+        self._plan = list(_chunks(self.variables.blocks, self.communicator.chunk_bytes))
+        self._scratch = np.zeros(max((c.elements * c.dtype.itemsize for c in self._plan), default=0), np.uint8)
+        memory.use_huge_pages(self._scratch)
+        with self.variables.open() as arrays:
+            for index in {chunk.pieces[0][0] for chunk in self._plan if chunk.direct}:
+                memory.use_huge_pages(arrays[index][0])
 
     def local_steps(self, steps: int = 1) -> bool:
         """``steps`` more local steps were taken; whether the round is over."""
@@ -390,8 +394,8 @@ class _Chunk:
 
     dtype: np.dtype
     elements: int
-    pieces: list[tuple[int, int, int, int]]  # variable, start, stop, offset in the chunk
-    direct: bool  # one piece of one variable that can be averaged where it is
+    pieces: list[tuple[int, int, int, int]]  # block, start, stop, offset in the chunk
+    direct: bool  # one piece of one block that can be averaged where it is
 
     def scale(self, arrays: list[list[np.ndarray]], weight: float) -> np.ndarray:
         """variable <- weight * variable, in its own memory; a direct chunk only."""
@@ -425,20 +429,21 @@ class _Chunk:
                 array[start:stop] = buffer[offset : offset + stop - start]
 
 
-def _chunks(variable_set: variables.VariableSet, chunk_bytes: int) -> Iterator[_Chunk]:
-    """Every element of every variable in exactly one chunk.
+def _chunks(blocks: Sequence[variables.Block], chunk_bytes: int) -> Iterator[_Chunk]:
+    """Every element of every block in exactly one chunk.
 
-    A variable of at least a sixteenth of a chunk has chunks of its own, which are averaged where they lie; smaller ones
+    A block of at least a sixteenth of a chunk has chunks of its own, which are averaged where they lie; smaller ones
     are laid end to end. Chunks of float64 are apart from the others, which travel as float32.
     """
     for wire in (np.dtype(np.float32), np.dtype(np.float64)):
         capacity = max(1, chunk_bytes // wire.itemsize)
         pieces: list[tuple[int, int, int, int]] = []
         used = 0
-        for index, (size, dtype) in enumerate(zip(variable_set.sizes, variable_set.wire_dtypes, strict=True)):
-            if dtype != wire:
+        for index, block in enumerate(blocks):
+            if block.wire != wire:
                 continue
-            if variable_set.in_wire_dtype[index] and size >= capacity / 16:
+            size = block.size
+            if block.whole and size >= capacity / 16:
                 for start in range(0, size, capacity):
                     stop = min(size, start + capacity)
                     yield _Chunk(wire, stop - start, [(index, start, stop, 0)], direct=True)

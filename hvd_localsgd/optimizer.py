@@ -135,14 +135,22 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         if len({component.device for component in parts}) == 1:
             # With the handles as inputs, TensorFlow orders all that touches these variables around the call. Buffers are
             # exposed out here, because a call to a compiled function in there can wait for ever for a free thread.
-            handles, exposed = [component.handle for component in parts], self._engine.variables.expose()
-            tf.py_function(lambda *inputs: self._sync_eagerly(inputs[len(handles) :]), [*handles, *exposed], Tout=[])
+            averaged, handles = self._engine.variables, [component.handle for component in parts]
+            small = averaged.small_dtypes
+
+            def average(*inputs: tf.Tensor) -> list[tf.Tensor]:
+                exposed = inputs[len(handles) :]
+                self._sync_eagerly(exposed)
+                return list(exposed[: len(small)])
+
+            averages = tf.py_function(average, [*handles, *averaged.expose()], Tout=small)
+            averaged.put_back(averages if small else [])
             return
 
         # Handles on several devices cannot be inputs of one op. The old values order it after what came before, and
         # assigning what it returns orders it before what comes next.
         def sync(*_: tf.Tensor) -> list[tf.Tensor]:
-            self._sync_eagerly(exposed=())
+            self._sync_eagerly(exposed=[])  # nothing is in place where devices differ
             return [component.read_value() for component in parts]
 
         with tf.device("/CPU:0"):

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import operator
+import sys
 from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import keras
+
+NEVER = sys.maxsize  # a step that no training comes to
 
 
 class Schedule(ABC):
     """Decides the interval of the next round, once per synchronisation, on all ranks alike.
 
     A subclass must be a pure function of ``step``: every rank evaluates it and must get the same answer.
+
+    Attributes:
+        exact: averages at these steps and at the end of training, nowhere else; otherwise also before validation and
+            where an epoch ends. What validation and the callbacks of an epoch then see is each rank's own model.
     """
+
+    exact = False
 
     @abstractmethod
     def interval(self, step: int) -> int:
@@ -55,6 +68,90 @@ class Constant(Schedule):
     def get_config(self) -> dict[str, Any]:
         """``{"sync_every": H}``."""
         return {"sync_every": self.sync_every}
+
+
+@keras.saving.register_keras_serializable("hvd_localsgd")
+class OneShot(Schedule):
+    """One-shot averaging: every rank trains alone, and the weights are averaged once, at the end.
+
+    H = T in Stich (2018), section 2: outside the theorem, which needs H = O(sqrt(T)); a baseline.
+    """
+
+    exact = True
+
+    def interval(self, step: int) -> int:
+        """More steps than any training has."""
+        return NEVER - step
+
+
+@keras.saving.register_keras_serializable("hvd_localsgd")
+class SyncSteps(Schedule):
+    """Any set I_T of synchronisation times: average after exactly these local steps, and at the end of training.
+
+    Stich (2018), Definition 2.1: the theorem depends on gap(I_T), the longest round.
+
+    Args:
+        steps: local steps after which to average, counted from 1, strictly increasing.
+
+    Attributes:
+        gap: the longest distance between two of them, or from 0 to the first. The round after the last one ends when
+            training ends, and may be longer.
+
+    Raises:
+        ValueError: empty, not integers >= 1, or not strictly increasing.
+    """
+
+    exact = True
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = [_positive_integer("each of steps", step) for step in steps]
+        if not self.steps:
+            raise ValueError("steps is empty; for a single average at the end of training take OneShot().")
+        if any(late <= early for early, late in pairwise(self.steps)):
+            raise ValueError(f"steps must be strictly increasing. Received: {steps!r}")
+        self.gap = max(late - early for early, late in pairwise([0, *self.steps]))
+
+    def interval(self, step: int) -> int:
+        """Up to the next of the steps."""
+        place = bisect_right(self.steps, step)
+        return (self.steps[place] if place < len(self.steps) else NEVER) - step
+
+    def get_config(self) -> dict[str, Any]:
+        """``{"steps": [...]}``."""
+        return {"steps": self.steps}
+
+    def __repr__(self) -> str:
+        return f"SyncSteps({len(self.steps)} steps up to {self.steps[-1]}, gap {self.gap})"
+
+
+@keras.saving.register_keras_serializable("hvd_localsgd")
+class Growing(Schedule):
+    """Rounds that grow with the square root of time: H_t = scale sqrt(t), for when the end is unknown.
+
+    H = O(sqrt(T / (K b))) keeps the linear speed-up (Stich 2018, Corollary 2.3); where T is unknown the paper advises
+    to communicate more often at the start. This applies the rule to the time that has passed.
+
+    Args:
+        scale: > 0; the rule's is 1 / sqrt(K b) for K ranks and batches of b.
+        maximum: H is never larger; None for no limit.
+
+    Raises:
+        ValueError: scale is not positive, maximum not an integer >= 1.
+    """
+
+    def __init__(self, scale: float = 1.0, maximum: int | None = None) -> None:
+        if not scale > 0:
+            raise ValueError(f"scale must be > 0. Received: {scale!r}")
+        self.scale = float(scale)
+        self.maximum = None if maximum is None else _positive_integer("maximum", maximum)
+
+    def interval(self, step: int) -> int:
+        """scale sqrt(step), rounded down, between 1 and ``maximum``."""
+        return min(max(1, int(self.scale * math.sqrt(step))), self.maximum or NEVER)
+
+    def get_config(self) -> dict[str, Any]:
+        """``{"scale": ..., "maximum": ...}``."""
+        return {"scale": self.scale, "maximum": self.maximum}
 
 
 def as_schedule(sync_every: int | Schedule) -> Schedule:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -17,6 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_localsgd.communicators import Communicator
+
+SMALL_BYTES = 64 << 10  # up to here a copy costs less than the operations that avoid it
 
 
 def of_model(model: keras.Model) -> list[keras.Variable]:
@@ -104,33 +107,43 @@ def components(variable: Any) -> list[tf.Variable]:
     return list(values) if isinstance(values, tuple | list) else [inner]
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What is averaged as one array: one variable, or all small ones of a dtype laid end to end."""
+
+    members: list[int]
+    size: int
+    wire: np.dtype
+    whole: bool  # one array of the dtype that travels: its memory can be the allreduce's buffer
+
+
 class VariableSet:
     """A fixed list of variables in a fixed order.
 
     Args:
-        variables: Keras or TensorFlow variables of floating dtype (for ``broadcast`` also integers).
+        variables: Keras or TensorFlow variables of floating dtype.
+        as_memory: whether they are to be reached through ``open``; through ``flat`` otherwise.
     """
 
-    def __init__(self, variables: Sequence[Any]) -> None:
+    def __init__(self, variables: Sequence[Any], as_memory: bool = True) -> None:
         self.variables = list(variables)
         self.components = [components(v) for v in self.variables]
-        self._in_place = [
-            parts[0] for parts in self.components if len(parts) == 1 and _on_cpu(parts[0]) and parts[0].shape.rank
-        ]
-        self._expose_compiled = tf.function(self.expose, autograph=False)
-        self._read_flat_compiled = tf.function(self.read_flat, autograph=False)
-        self._assign_flat_compiled = tf.function(self.assign_flat, autograph=False)
-
         self.sizes = [int(np.prod(parts[0].shape)) for parts in self.components]
         self.elements = sum(self.sizes)
         doubles = [parts[0].dtype.base_dtype == tf.float64 for parts in self.components]
         self.wire_dtypes = [np.dtype(np.float64 if double else np.float32) for double in doubles]
-
-        # Alone on its device and of the dtype that travels: its memory can be the allreduce's buffer.
-        self.in_wire_dtype = [
-            len(parts) == 1 and parts[0].dtype.as_numpy_dtype == wire
-            for parts, wire in zip(self.components, self.wire_dtypes, strict=True)
-        ]
+        devices = {part.device for parts in self.components for part in parts}
+        self._reachable = as_memory and len(devices) == 1 and all("CPU" in d.upper() or not d for d in devices)
+        self._small = self._find_small()
+        self._in_place = self._find_in_place()
+        self.blocks = self._make_blocks()
+        self._handles = _pack_handles([self._handle(i) for block in self._small for i in block.members])
+        self._expose_compiled = tf.function(lambda: self._expose(tf.unstack(self._handles)), autograph=False)
+        self._put_back_compiled = tf.function(
+            lambda flats: self._put_back(flats, tf.unstack(self._handles)), autograph=False
+        )
+        self._read_flat_compiled = tf.function(self.read_flat, autograph=False)
+        self._assign_flat_compiled = tf.function(self.assign_flat, autograph=False)
 
     def smallest(self, among: int) -> tf.Variable | None:
         """The smallest of the first ``among`` variables."""
@@ -143,63 +156,124 @@ class VariableSet:
         Names are without the numbers that Keras adds ("dense_3"): they count layers made, not layers used.
         """
         return [
-            [re.sub(r"_\d+(?=/|:|$)", "", getattr(v, "path", v.name)), list(v.shape), tf.as_dtype(v.dtype).name]
+            [re.sub(r"_\d+(?=[_/:]|$)", "", getattr(v, "path", v.name)), list(v.shape), tf.as_dtype(v.dtype).name]
             for v in self.variables
         ]
 
-    def expose(self) -> list[tf.Tensor]:
-        """Tensors that *are* the memory of the variables that are used in place, each buffer its variable's alone.
+    # How each variable is reached: small ones together, others in place, the rest (``open`` says which) by copies.
 
-        An empty slice assignment makes TensorFlow copy a shared buffer, as it does before any update in place;
-        it also turns on copy-on-read, which is turned off again so that reads stay free.
+    def _find_small(self) -> list[Block]:
+        """Up to one block for each wire dtype."""
+        blocks = []
+        for wire, members in self._by_wire_dtype():
+            small = [i for i in members if self._reachable and 0 < self.sizes[i] * wire.itemsize <= SMALL_BYTES]
+            if len(small) > 1:  # the concatenation of one alone would be that variable's own memory
+                blocks.append(Block(small, sum(self.sizes[i] for i in small), wire, whole=True))
+        return blocks
+
+    def _find_in_place(self) -> list[int]:
+        together = {i for block in self._small for i in block.members}
+        return [
+            i
+            for i, parts in enumerate(self.components)
+            if self._reachable and i not in together and parts[0].shape.rank and self.sizes[i]
+        ]
+
+    def _make_blocks(self) -> list[Block]:
+        together = {i for block in self._small for i in block.members}
+        return [
+            *self._small,
+            *(
+                Block([i], self.sizes[i], wire, whole=len(parts) == 1 and parts[0].dtype.as_numpy_dtype == wire)
+                for i, (parts, wire) in enumerate(zip(self.components, self.wire_dtypes, strict=True))
+                if i not in together
+            ),
+        ]
+
+    def _handle(self, i: int) -> tf.Tensor:
+        return self.components[i][0].handle
+
+    def expose(self) -> list[tf.Tensor]:
+        """For a graph, before the average: what ``open`` needs. The first ``len(self.small_dtypes)`` go to ``put_back``."""
+        return self._expose([self._handle(i) for block in self._small for i in block.members])
+
+    def put_back(self, flats: Sequence[tf.Tensor]) -> None:
+        """For a graph, after the average: assign the small variables."""
+        self._put_back(flats, [self._handle(i) for block in self._small for i in block.members])
+
+    @property
+    def small_dtypes(self) -> list[tf.DType]:
+        """Of the tensors that go from ``expose`` to ``put_back``."""
+        return [tf.as_dtype(block.wire) for block in self._small]
+
+    def _expose(self, small: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Small variables copied into one fresh tensor; for the others, tensors that *are* their memory.
+
+        That memory must be the variable's alone. An empty slice assignment makes TensorFlow copy a shared buffer,
+        as it does before any update in place; it also turns on copy-on-read, which is turned off again so that reads
+        stay free.
         """
+        handles = iter(small)
         tensors = []
-        # Few constants, shared: thousands of small variables would otherwise take minutes to trace.
+        for block in self._small:
+            tensors.append(tf.concat([self._read_one(next(handles), i, block.wire) for i in block.members], 0))
         zero, one = tf.constant([0]), tf.constant([1])
-        nothing: dict[Any, tf.Tensor] = {}
-        for variable in self._in_place:
-            kind = (variable.dtype, tuple(variable.shape[1:]))
-            if kind not in nothing:
-                nothing[kind] = tf.constant(np.empty((0, *kind[1]), variable.dtype.as_numpy_dtype))
-            tf.raw_ops.ResourceStridedSliceAssign(
-                ref=variable.handle, begin=zero, end=zero, strides=one, value=nothing[kind]
-            )
-            tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
-            tensors.append(tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype))
+        for i in self._in_place:
+            nothing = tf.constant(np.empty((0, *self._shape(i)[1:]), self._dtype(i).as_numpy_dtype))
+            tf.raw_ops.ResourceStridedSliceAssign(ref=self._handle(i), begin=zero, end=zero, strides=one, value=nothing)
+            tf.raw_ops.DisableCopyOnRead(resource=self._handle(i))
+            tensors.append(tf.raw_ops.ReadVariableOp(resource=self._handle(i), dtype=self._dtype(i)))
         return tensors
+
+    def _read_one(self, handle: tf.Tensor, i: int, wire: np.dtype) -> tf.Tensor:
+        # As few operations as possible: there may be thousands of these.
+        value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=self._dtype(i))
+        value.set_shape(self._shape(i))
+        return tf.cast(value if value.shape.rank == 1 else tf.reshape(value, [-1]), wire)
+
+    def _put_back(self, flats: Sequence[tf.Tensor], small: Sequence[tf.Tensor]) -> None:
+        handles = iter(small)
+        for block, flat in zip(self._small, flats, strict=True):
+            for i, piece in zip(block.members, tf.split(flat, [self.sizes[i] for i in block.members]), strict=True):
+                value = piece if len(self._shape(i)) == 1 else tf.reshape(piece, self._shape(i))
+                tf.raw_ops.AssignVariableOp(resource=next(handles), value=tf.cast(value, self._dtype(i)))
 
     @contextmanager
     def open(self, exposed: Sequence[tf.Tensor] | None = None) -> Iterator[list[list[np.ndarray]]]:
-        """Per variable, one flat array per component, to read and to write. Writes count when the block ends.
+        """Per block, one flat array per component, to read and to write. Writes count when the ``with`` block ends.
 
-        CPU memory is seen in place. GPU memory, scalars and replicas are staged: copied out here, assigned at the end.
+        Large CPU variables are seen in place. GPU memory, scalars and replicas are copied out here, assigned at the end.
 
         Args:
-            exposed: from inside a graph, what ``expose`` gave there, or nothing, and then all is staged; None: call
-                it here.
+            exposed: from inside a graph, what ``expose`` gave there, and then ``put_back`` is the graph's to do.
         """
-        if exposed is None:
-            exposed = self._expose_compiled() if self._in_place else []
-        # Without ``strict``: nothing exposed, nothing in place.
-        memory = {id(v): tensor._numpy().reshape(-1) for v, tensor in zip(self._in_place, exposed, strict=False)}
+        compiled = exposed is None
+        tensors = list(self._expose_compiled() if exposed is None else exposed)
         del exposed
-        staged = [
-            (part, np.array(part.numpy()).reshape(-1))
-            for parts in self.components
-            for part in parts
-            if id(part) not in memory
-        ]
-        memory |= {id(part): copy for part, copy in staged}
-        arrays = [[memory[id(part)] for part in parts] for parts in self.components]
+        reached = [*(block.members[0] for block in self._small), *self._in_place]
+        memory = {i: [tensor._numpy().reshape(-1)] for i, tensor in zip(reached, tensors, strict=True)}
+        staged = [i for block in self.blocks for i in block.members[:1] if i not in memory]
+        memory |= {i: [np.array(part.numpy()).reshape(-1) for part in self.components[i]] for i in staged}
+        arrays = [memory[block.members[0]] for block in self.blocks]
         try:
             yield arrays
         finally:
+            for i in staged:
+                for part, copy in zip(self.components[i], memory[i], strict=True):
+                    part.assign(copy.reshape(part.shape))
             # A view that lives on would make TensorFlow copy the variable at its next update.
             memory.clear()
             for row in arrays:
                 row.clear()
-            for part, copy in staged:
-                part.assign(copy.reshape(part.shape))
+            if compiled and self._small:
+                self._put_back_compiled(tensors[: len(self._small)])
+            tensors.clear()
+
+    def _shape(self, i: int) -> tuple[int, ...]:
+        return tuple(self.components[i][0].shape)
+
+    def _dtype(self, i: int) -> tf.DType:
+        return self.components[i][0].dtype
 
     # The same for a communicator that takes tensors: one flat tensor per wire dtype, on the variables' device.
 
@@ -242,5 +316,6 @@ class VariableSet:
         return [(kind, members) for kind, members in groups if members]
 
 
-def _on_cpu(variable: tf.Variable) -> bool:
-    return "CPU" in variable.device.upper() or not variable.device
+def _pack_handles(handles: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Many handles as one tensor: passing each to a compiled function would cost as much as the read or the assignment."""
+    return tf.raw_ops.Pack(values=handles) if handles else tf.zeros([0])

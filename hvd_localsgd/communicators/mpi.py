@@ -16,9 +16,11 @@ from hvd_localsgd.communicators import Communicator, CommunicatorError, launched
 
 _SPIN_SECONDS = 2e-3
 _LONGEST_PAUSE = 1e-3
-_PROBE_BYTES = 16 << 20  # more than caches hold, or one call would look as good as chunks
+_SMALLEST_PROBE, _LARGEST_PROBE = 16 << 20, 48 << 20  # more than caches hold, or one call looks as good as chunks
+_SLOW_SECONDS = 0.1  # for the smallest probe: a network, whose noise is small beside this
+_ENOUGH_SECONDS = 1.0
 _LARGE_CHUNK = 32 << 20
-_CANDIDATES = ((1 << 20, False), (2 << 20, False), (_PROBE_BYTES, False), (_PROBE_BYTES, True))  # chunk bytes, ring
+_CANDIDATES = ((1 << 20, False), (2 << 20, False), (_LARGE_CHUNK, False), (_LARGE_CHUNK, True))  # chunk bytes, ring
 
 
 class MPICommunicator(Communicator):
@@ -111,36 +113,38 @@ class MPICommunicator(Communicator):
             self._comm.Sendrecv(mine, right, recvbuf=theirs, source=left)
 
     def tune(self, payload: int) -> None:
-        """Time small chunks, large ones, and the ring, on a probe of 16 MiB; keep the fastest.
+        """Time small chunks, large ones, and the ring, on a probe of up to 48 MiB; keep the fastest.
 
         In shared memory, chunks that stay in cache halve the time; on Ethernet each costs a round trip. The
-        environment variable HVD_LOCALSGD_CHUNK_MB sets the chunk size instead. Smaller models are not worth it.
+        environment variable HVD_LOCALSGD_CHUNK_MB sets the chunk size instead. Models below 16 MiB are not worth it.
         """
         if chosen := os.environ.get("HVD_LOCALSGD_CHUNK_MB"):
             self.chunk_bytes = int(float(chosen) * (1 << 20))
-        elif payload >= _PROBE_BYTES and not self._tuned:
+        elif payload >= _SMALLEST_PROBE and not self._tuned:
             self._tuned = True
-            seconds = {candidate: self._time(*candidate) for candidate in _CANDIDATES}
-            (self.chunk_bytes, self._ring) = min(seconds, key=lambda candidate: seconds[candidate])
-            if self.chunk_bytes == _PROBE_BYTES:
-                self.chunk_bytes = _LARGE_CHUNK
+            probe = np.ones(min(payload, _LARGEST_PROBE) // 4, np.float32)
+            few = probe[: _SMALLEST_PROBE // 4]
+            slow = (
+                min(self._time(few, _LARGE_CHUNK, ring=False) for _ in range(2)) > _SLOW_SECONDS
+            )  # first, connections
+            rounds: list[list[float]] = []
+            while len(rounds) < 5 and np.sum(rounds) < _ENOUGH_SECONDS:  # the same sums on every rank
+                # In turn, so that what disturbs the machine for a moment disturbs all alike.
+                rounds.append([self._time(few if slow else probe, *candidate) for candidate in _CANDIDATES])
+            best = np.min(rounds, axis=0)
+            # Small chunks unless something is clearly faster: they take less memory, and are scaled while in cache.
+            self.chunk_bytes, self._ring = _CANDIDATES[int(np.argmax(best < 1.1 * best.min()))]
 
-    def _time(self, chunk_bytes: int, ring: bool) -> float:
-        """Seconds of the slowest rank, the best of up to three."""
+    def _time(self, probe: np.ndarray, chunk_bytes: int, ring: bool) -> float:
+        """Seconds of the slowest rank."""
         self._ring = ring
-        probe = np.ones(_PROBE_BYTES // 4, np.float32)
-        best = float("inf")
-        for _ in range(3):
-            self._comm.Barrier()
-            began = time.perf_counter()
-            for start in range(0, probe.size, chunk_bytes // 4):
-                self.allreduce(probe[start : start + chunk_bytes // 4])
-            elapsed = np.array([time.perf_counter() - began])
-            self._comm.Allreduce(self._mpi.IN_PLACE, elapsed, self._mpi.MAX)
-            best = min(best, float(elapsed[0]))
-            if best > 0.25:  # a slow network: its noise is small beside this
-                break
-        return best
+        self._comm.Barrier()
+        began = time.perf_counter()
+        for start in range(0, probe.size, chunk_bytes // 4):
+            self.allreduce(probe[start : start + chunk_bytes // 4])
+        elapsed = np.array([time.perf_counter() - began])
+        self._comm.Allreduce(self._mpi.IN_PLACE, elapsed, self._mpi.MAX)
+        return float(elapsed[0])
 
     def broadcast(self, array: np.ndarray) -> None:
         """MPI_Bcast of the raw bytes (MPI knows no bfloat16), in pieces below MPI's 2^31 limit."""

@@ -127,22 +127,22 @@ def test_the_average_is_numpys_for_any_shapes_and_dtypes(lsgd, gather, specs, se
     st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.booleans()), min_size=1, max_size=12), st.integers(1, 16)
 )
 def test_chunks_hold_every_element_once(specs, capacity):
-    class Sizes:
-        sizes = [size for size, _, _ in specs]
-        wire_dtypes = [np.dtype(np.float64 if double else np.float32) for _, double, _ in specs]
-        in_wire_dtype = [direct for _, _, direct in specs]
-
+    wires = [np.dtype(np.float64 if double else np.float32) for _, double, _ in specs]
+    blocks = [
+        variables.Block([i], size, wire, whole)
+        for i, ((size, _, whole), wire) in enumerate(zip(specs, wires, strict=True))
+    ]
     seen = [np.zeros(size, int) for size, _, _ in specs]
-    for chunk in averaging._chunks(Sizes(), capacity * 8):
+    for chunk in averaging._chunks(blocks, capacity * 8):
         assert 0 < chunk.elements * chunk.dtype.itemsize <= capacity * 8
         offset = 0
         for index, start, stop, at in chunk.pieces:
             assert at == offset
-            assert Sizes.wire_dtypes[index] == chunk.dtype
+            assert wires[index] == chunk.dtype
             seen[index][start:stop] += 1
             offset += stop - start
         assert offset == chunk.elements
-        assert not chunk.direct or (len(chunk.pieces) == 1 and Sizes.in_wire_dtype[chunk.pieces[0][0]])
+        assert not chunk.direct or (len(chunk.pieces) == 1 and blocks[chunk.pieces[0][0]].whole)
     assert all((count == 1).all() for count in seen)
 
 
