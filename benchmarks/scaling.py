@@ -4,10 +4,10 @@ benchmarks/cluster/run --rate 1gbit --hosts 8 -- python benchmarks/scaling.py --
 
 A round of H steps on K ranks takes
 
-    E max_k (sum of H step times)  +  a L(K)  +  b n 2 (K - 1)/K  +  c n
+    E max_k (sum of H step times)  +  a L(K)  +  b n 2 (K - 1)/K
 
 for n bytes: every rank sends and receives 2 (K - 1)/K of them in L(K) messages, L = 2 (K - 1) in a ring, 2 log2 K in the
-library's trees; c is what copying and adding cost. a, b and c are fitted on 2 to --fit-ranks ranks. Step times are taken as
+library's trees. a and b are fitted on 2 to --fit-ranks ranks. Step times are taken as
 normal with the measured mean and spread (or those given); the largest of K sums gives the wait for stragglers. Validation: rounds
 on all ranks of the job, whose steps are pauses of such lengths, since the hosts of an emulated cluster share their cores.
 """
@@ -28,9 +28,9 @@ _SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of --bytes; not less, because TCP is not l
 
 
 def regressors(ranks: int, size: int, ring: bool) -> list[float]:
-    """What a, b and c are multiplied by."""
+    """What a and b are multiplied by."""
     latency = 2 * (ranks - 1) if ring else 2 * math.ceil(math.log2(ranks))
-    return [latency, 2 * (ranks - 1) / ranks * size, size]
+    return [latency, 2 * (ranks - 1) / ranks * size]
 
 
 def slowest_of(ranks: int, steps: int, mean: float, spread: float) -> float:
@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
                 {"kind": "prediction", "ranks": ranks, "H": interval, "bytes": arguments.bytes, "predicted_s": seconds,
                  "speed-up": speed_up, "efficiency": speed_up / ranks}
             )  # fmt: skip
-    names = dict(zip(("latency_s", "seconds_per_byte", "copy_seconds_per_byte"), map(float, constants), strict=True))
+    names = dict(zip(("latency_s", "seconds_per_byte"), map(float, constants), strict=True))
     return [{"kind": "model", "ring": ring, "step_s": mean, "spread": spread, **names}, *rows]
 
 

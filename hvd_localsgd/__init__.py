@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from hvd_localsgd.data import shard
     from hvd_localsgd.devices import init, local_rank, local_size, rank, size
     from hvd_localsgd.header import RankFailed
+    from hvd_localsgd.iterates import IterateAverage
     from hvd_localsgd.optimizer import LocalSGDOptimizer
-    from hvd_localsgd.schedules import Constant, Schedule
+    from hvd_localsgd.schedules import Constant, Growing, OneShot, Schedule, SyncSteps
+    from hvd_localsgd.theory import InverseTimeDecay, convex_interval, nonconvex_interval, speed_up
 
 _HOME = {
     "LocalSGDCallback": "callback",
@@ -31,21 +33,37 @@ _HOME = {
     "RankFailed": "header",
     "Schedule": "schedules",
     "Constant": "schedules",
+    "OneShot": "schedules",
+    "SyncSteps": "schedules",
+    "Growing": "schedules",
+    "IterateAverage": "iterates",
+    "InverseTimeDecay": "theory",
+    "convex_interval": "theory",
+    "nonconvex_interval": "theory",
+    "speed_up": "theory",
 }
 
 __all__ = [
     "Constant",
+    "Growing",
+    "InverseTimeDecay",
+    "IterateAverage",
     "LocalSGDCallback",
     "LocalSGDOptimizer",
+    "OneShot",
     "RankFailed",
     "Schedule",
+    "SyncSteps",
     "__version__",
+    "convex_interval",
     "init",
     "local_rank",
     "local_size",
+    "nonconvex_interval",
     "rank",
     "shard",
     "size",
+    "speed_up",
 ]
 
 

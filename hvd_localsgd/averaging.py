@@ -29,6 +29,8 @@ from hvd_localsgd.timing import Round, Stopwatch, Timings
 
 Weighting = Literal["equal", "samples"]
 OptimizerState = Literal["keep", "average", "reset"]
+Mode = Literal["sync", "async"]
+Interval = Literal["equal", "balanced"]
 
 FINISHED = math.inf
 _BEGIN = -1.0
@@ -46,14 +48,25 @@ class Settings:
     schedule: Schedule
     optimizer_state: OptimizerState = "keep"
     weighting: Weighting = "equal"
+    mode: Mode = "sync"
+    interval: Interval = "equal"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("optimizer_state", ("keep", "average", "reset")),
             ("weighting", ("equal", "samples")),
+            ("mode", ("sync", "async")),
+            ("interval", ("equal", "balanced")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}. Received: {getattr(self, name)!r}")
+        if self.mode == "async" and (self.weighting, self.interval) != ("equal", "equal"):
+            raise ValueError(
+                "mode='async' gives every rank weight 1/K and lets each go at its own pace. "
+                f"Received: weighting={self.weighting!r}, interval={self.interval!r}"
+            )
+        if self.interval == "balanced" and self.schedule.exact:
+            raise ValueError(f"interval='balanced' gives each rank its own steps, {self.schedule} the same to all.")
 
 
 class LocalSGD:
@@ -96,6 +109,7 @@ class LocalSGD:
         self.position = 0.0
         self._reached = FINISHED
         self._payload = sum(block.size * block.wire.itemsize for block in self.variables.blocks)
+        self._pace = 0.0
         self._probe = self.variables.smallest(len(averaged))
         self._model = self._fingerprint()
 
@@ -131,7 +145,8 @@ class LocalSGD:
                 self._prepare_memory()
         self.position, self._reached = 0.0, 0.0
         self.wants_stop = self.stop = False
-        self.interval = self.settings.schedule.interval(int(table["total"].max()))
+        self._pace = 0.0
+        self.interval = self._next_interval(table)
         self._start_round()
         communicator.busy = False
         return moved
@@ -150,12 +165,13 @@ class LocalSGD:
         self.steps += steps
         return self.steps >= self.interval
 
-    def synchronise(self, message: bytes = b"", exposed: Sequence[Any] | None = None) -> list[bytes]:
+    def synchronise(self, message: bytes = b"", exposed: Sequence[Any] | None = None, due: bool = True) -> list[bytes]:
         """One sync: header, average, outer step. Every rank must call it.
 
         Args:
             message: for the other ranks, at the moment when all have come to this rank's position.
             exposed: from inside a TensorFlow graph, what ``variables.expose`` gave there.
+            due: whether this rank's round ends here; if no rank's does, nothing is averaged.
 
         Returns:
             Every rank's ``message``, where this sync found that all ranks have come further; else an empty list.
@@ -165,6 +181,7 @@ class LocalSGD:
         """
         communicator, watch = self.communicator, self.watch
         communicator.busy = True
+        self._measure_pace()
         table = header.exchange(
             communicator,
             header.row(
@@ -173,6 +190,8 @@ class LocalSGD:
                 steps=self.steps,
                 total=self.total_steps + self.steps,
                 samples=self.samples,
+                due=due,
+                pace=self._pace,
                 finite=self._is_finite(),
                 stop=self.wants_stop,
             ),
@@ -180,7 +199,7 @@ class LocalSGD:
         watch.lap("wait")
         self._check_same_place(table, beginning=False)
         self.stop = bool(table["stop"].any())
-        if table["steps"].any():
+        if table["due"].any() and table["steps"].any():
             if self._all_finite(table):
                 weights = self._weights(table)
                 drift = self._average(weights[communicator.rank], int(np.count_nonzero(weights)), exposed)
@@ -199,12 +218,15 @@ class LocalSGD:
         self.position = position
         messages: list[bytes] = []
         while self._reached < position:
-            messages = self.synchronise(message)
+            messages = self.synchronise(message, due=position == FINISHED or not self.settings.schedule.exact)
         return messages
 
     def finish(self) -> None:
         """Wait for the slowest rank's last sync; then every rank knows ``timings.totals``."""
         self.meet(FINISHED)
+        self._conclude()
+
+    def _conclude(self) -> None:
         self.communicator.busy = True
         self.watch.lap("wait")
         self._record(interval=0, payload=0, drift=0.0)
@@ -317,9 +339,22 @@ class LocalSGD:
 
     def _end_round(self, table: np.ndarray, drift: float) -> None:
         self._record(self.interval, self._payload if len(table) > 1 else 0, drift)
-        self.interval = self.settings.schedule.interval(int(table["total"].max()))
+        self.interval = self._next_interval(table)
 
-    def _record(self, interval: int, payload: int, drift: float) -> None:
+    def _measure_pace(self) -> None:
+        if self.steps and self.timings.rounds:  # the first round traces and compiles
+            latest = (self.watch.parts["compute"] + self.watch.parts["input"]) / self.steps
+            self._pace = (self._pace + latest) / 2 if self._pace else latest
+
+    def _next_interval(self, table: np.ndarray) -> int:
+        """H of the next round; balanced, in proportion to each rank's speed, H on average (PR-SGD, unequal workers)."""
+        interval = self.settings.schedule.interval(int(table["total"].max()))
+        if self.settings.interval == "equal" or not table["pace"].all():
+            return interval
+        speed = 1 / table["pace"]
+        return max(1, round(interval * float(speed[self.communicator.rank] / speed.mean())))
+
+    def _record(self, interval: int, payload: int, drift: float, staleness: int = 0) -> None:
         parts, wall = self.watch.parts, self.watch.wall()
         self.timings.add(
             Round(
@@ -334,6 +369,7 @@ class LocalSGD:
                 residual=wall - sum(parts.values()),
                 bytes=payload,
                 drift=drift,
+                staleness=staleness,
                 rank=self.communicator.rank,
                 size=self.communicator.size,
                 host=self.communicator.host,
@@ -358,7 +394,9 @@ class LocalSGD:
     # Before the first average: is it the same model everywhere?
 
     def _description(self) -> str:
-        settings = [repr(self.settings.schedule), self.settings.optimizer_state, self.settings.weighting]
+        chosen = self.settings
+        schedule = f"{type(chosen.schedule).__name__} {chosen.schedule.get_config()}"
+        settings = [schedule, chosen.optimizer_state, chosen.weighting, chosen.mode, chosen.interval]
         return json.dumps([settings, *self.variables.description()])
 
     def _fingerprint(self) -> int:
@@ -371,9 +409,7 @@ class LocalSGD:
         for rank, other in enumerate(entries):
             who = f"rank {rank} on {names[rank]}", f"rank 0 on {names[0]}"
             if other[0] != first[0]:
-                return (
-                    f"Settings differ: {who[0]} has {other[0]}, {who[1]} has {first[0]} (schedule, state, weighting)."
-                )
+                return f"Settings differ: {who[0]} has {other[0]}, {who[1]} has {first[0]} (schedule, state, weighting, mode, interval)."
             for index, (theirs, ours) in enumerate(zip(other[1:], first[1:], strict=False)):
                 if theirs != ours:
                     return (

@@ -15,7 +15,8 @@ import keras
 from keras.callbacks import Callback, CallbackList, ProgbarLogger
 
 from hvd_localsgd import devices, frames, variables
-from hvd_localsgd.averaging import LocalSGD, OptimizerState, Settings, Weighting
+from hvd_localsgd.asynchronous import engine_class
+from hvd_localsgd.averaging import Interval, LocalSGD, Mode, OptimizerState, Settings, Weighting
 from hvd_localsgd.schedules import Schedule, as_schedule
 from hvd_localsgd.timing import PARTS, Round, Timings, print_table
 
@@ -37,6 +38,12 @@ class LocalSGDCallback(Callback):
         optimizer_state: what happens to momentum and moments at a sync: ``"keep"`` each rank's own, ``"average"``
             them like weights (more to send), or ``"reset"`` them to what the optimizer starts with.
         weighting: ranks count ``"equal"``, or by the ``"samples"`` of their round.
+        mode: ``"async"`` lets no rank wait for another (Stich 2018, Algorithm 2): each adds its progress to a global
+            average in one-sided MPI memory and goes on from there. Logs are then each rank's own; a rank that stops
+            training stops all. Only at the end all ranks meet, and get the same model.
+        interval: ``"balanced"`` gives each rank steps in proportion to its speed, H on average, so that all come to a
+            sync together (Yu et al. 2018, workers of unequal speed). Fast ranks need more data for that: repeat the
+            dataset, and give each rank its own ``steps_per_epoch``.
         timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
 
     Attributes:
@@ -57,10 +64,12 @@ class LocalSGDCallback(Callback):
         *,
         optimizer_state: OptimizerState = "keep",
         weighting: Weighting = "equal",
+        mode: Mode = "sync",
+        interval: Interval = "equal",
         timings: str | Path | None = None,
     ) -> None:
         super().__init__()
-        self._settings = Settings(as_schedule(sync_every), optimizer_state, weighting)
+        self._settings = Settings(as_schedule(sync_every), optimizer_state, weighting, mode, interval)
         self._communicator = devices.get()
         self._training = False
         self._timings = Timings(timings, self._communicator.rank)
@@ -89,7 +98,9 @@ class LocalSGDCallback(Callback):
         averaged = [*variables.of_model(model), *variables.moving_averages(optimizer)]
         state = variables.State(optimizer)
         if not hasattr(self, "_engine") or not self._engine.averages(averaged, state):
-            self._engine = LocalSGD(self._communicator, averaged, state, self._settings, self._timings)
+            self._engine = engine_class(self._settings)(
+                self._communicator, averaged, state, self._settings, self._timings
+            )
         seeds = {id(v) for v in model.variables if "seed_generator_state" in v.path}
         self._engine.begin([v for v in (*model.variables, *optimizer.variables) if id(v) not in seeds])
         self._input = _InputProbe(model)

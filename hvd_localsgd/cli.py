@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hvd_localsgd import launch
+from hvd_localsgd import launch, plan
 from hvd_localsgd.communicators import CommunicatorError
 from hvd_localsgd.version import __version__
 
@@ -25,8 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("-np", "--ranks", type=int, required=True, help="number of processes")
     run.add_argument("script", help="Python script")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    plan.add_arguments(
+        commands.add_parser(
+            "plan",
+            help="how often to communicate: H, rounds, bytes and time",
+            description="Print the H that the papers' theory allows, rounds, bytes and predicted time against H = 1.",
+        )
+    )
     chosen = parser.parse_args(arguments)
     try:
+        if chosen.command == "plan":
+            plan.show(chosen)
+            return 0
         return launch.run(chosen.ranks, [sys.executable, chosen.script, *chosen.arguments])
     except (CommunicatorError, ValueError) as error:
         print(f"hvd-localsgd: {error}", file=sys.stderr)

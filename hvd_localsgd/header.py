@@ -19,6 +19,8 @@ HEADER = np.dtype(
         ("steps", np.int64),  # local steps since the last sync
         ("total", np.int64),  # local steps since training began
         ("samples", np.float64),  # samples those steps saw
+        ("due", np.bool_),  # this rank's round is over, or has to end here
+        ("pace", np.float64),  # seconds of a local step, lately; 0: not known yet
         ("finite", np.bool_),  # no NaN or infinity in this rank's weights
         ("stop", np.bool_),  # this rank wants training to stop
         ("failed", np.bool_),  # this rank has raised an error and is about to end

@@ -12,7 +12,8 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from hvd_localsgd import devices, frames, variables
-from hvd_localsgd.averaging import LocalSGD, OptimizerState, Settings
+from hvd_localsgd.asynchronous import engine_class
+from hvd_localsgd.averaging import Interval, LocalSGD, Mode, OptimizerState, Settings
 from hvd_localsgd.schedules import Schedule, as_schedule
 from hvd_localsgd.timing import Round, Timings, print_table
 
@@ -37,6 +38,8 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             ``LossScaleOptimizer`` skips counts too, so that ranks stay in step.
         sync_every: H, updates between two syncs, or a ``Schedule``.
         optimizer_state: ``"keep"``, ``"average"`` or ``"reset"`` momentum and moments at a sync.
+        mode: ``"async"``: no rank waits for another until training ends, as for the callback.
+        interval: ``"balanced"``: each rank steps in proportion to its speed, as for the callback.
         statistics: further variables to average, such as ``model.non_trainable_variables``; integers among them are
             left alone.
         timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
@@ -61,6 +64,8 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         sync_every: int | Schedule = 16,
         *,
         optimizer_state: OptimizerState = "keep",
+        mode: Mode = "sync",
+        interval: Interval = "equal",
         statistics: Sequence[Any] = (),
         timings: str | Path | None = None,
         name: str | None = None,
@@ -70,7 +75,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             raise ValueError(f"inner_optimizer must be a keras.optimizers.Optimizer. Received: {inner_optimizer!r}")
         if isinstance(inner_optimizer, LocalSGDOptimizer):
             raise ValueError("inner_optimizer is a LocalSGDOptimizer already: weights need averaging once.")
-        self._settings = Settings(as_schedule(sync_every), optimizer_state)
+        self._settings = Settings(as_schedule(sync_every), optimizer_state, mode=mode, interval=interval)
         self.inner_optimizer = inner_optimizer
         self._statistics = tuple(statistics)
         self._timings_folder = timings
@@ -215,7 +220,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         averaged = variables.floats(
             [*self._trainable_variables, *self._statistics, *variables.moving_averages(self.inner_optimizer)]
         )
-        return LocalSGD(
+        return engine_class(self._settings)(
             self._communicator,
             averaged,
             variables.State(self.inner_optimizer),
@@ -290,6 +295,8 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "sync_every": keras.saving.serialize_keras_object(self._settings.schedule),
             "optimizer_state": self._settings.optimizer_state,
+            "mode": self._settings.mode,
+            "interval": self._settings.interval,
             "timings": None if self._timings_folder is None else str(self._timings_folder),
         }
 

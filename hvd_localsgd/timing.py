@@ -22,7 +22,8 @@ class Round:
     out and scaling, the allreduce, copying back. ``outer``: what happens to the average and to the optimizer
     state afterwards. ``bytes``: what this rank gave to the allreduce. ``drift``: root mean square over ranks of
     the distance between a rank's weights and their average, just before averaging. ``interval``: H of this
-    round; ``steps``: what this rank really took (fewer where its data ended).
+    round; ``steps``: what this rank really took (fewer where its data ended). ``staleness``: asynchronously, how many
+    syncs of other ranks came between this rank's last read of the global average and this sync.
     """
 
     round: int
@@ -42,6 +43,7 @@ class Round:
     residual: float
     bytes: int
     drift: float
+    staleness: int
     rank: int
     size: int
     host: str
@@ -100,12 +102,16 @@ class Timings:
             self._file.flush()
 
     def sums(self) -> dict[str, Any]:
-        """Sums over this rank's rounds: each part, wall, residual (s), bytes, steps, syncs; and its rank and host."""
+        """Sums over this rank's rounds: each part, wall, residual (s), bytes, steps, syncs; and its rank and host.
+
+        ``staleness`` is the mean over syncs.
+        """
         rounds = self.rounds
         sums: dict[str, Any] = {
             name: sum(getattr(r, name) for r in rounds) for name in (*PARTS, "wall", "residual", "bytes", "steps")
         }
         sums["syncs"] = sum(r.interval > 0 for r in rounds)
+        sums["staleness"] = sum(r.staleness for r in rounds) / max(sums["syncs"], 1)
         sums["rank"], sums["host"] = rounds[-1].rank, rounds[-1].host
         return sums
 

@@ -19,6 +19,22 @@ class CommunicatorError(RuntimeError):
     """The communicator that was asked for cannot be used here; the message says what to install or change."""
 
 
+class SharedVector(ABC):
+    """A vector that every rank can read and add to at any time, without the others taking part."""
+
+    @abstractmethod
+    def add(self, values: np.ndarray, at: int, before: np.ndarray) -> None:
+        """From element ``at``: put what is there into ``before`` and add ``values``, atomically for each element."""
+
+    @abstractmethod
+    def read(self, values: np.ndarray, at: int) -> None:
+        """Fill ``values`` with what is there from element ``at``."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Collective."""
+
+
 class Communicator(ABC):
     """What the engine needs from MPI, Horovod or a single process.
 
@@ -35,7 +51,6 @@ class Communicator(ABC):
     takes_tensors = False  # whether it would rather have tensors, which may be on a GPU, than host memory
     busy = False  # in the middle of a sync: an error now must not start another collective call
     failed = False  # some rank has failed, and all ranks know it
-    failed = False  # a rank has failed and all ranks know
 
     @abstractmethod
     def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
@@ -68,6 +83,10 @@ class Communicator(ABC):
         Args:
             groups: disjoint; together all ranks; the same on every rank. Ranks keep their order inside a group.
         """
+
+    def share(self, values: np.ndarray) -> SharedVector:
+        """One-sided memory with ``values`` in it, the same on every rank; a stretch lies on each."""
+        raise CommunicatorError(f"mode='async' needs one-sided MPI; communicator {self.name!r} has none. Use 'mpi'.")
 
     def allreduce_tensor(self, tensor: Any, weight: float) -> Any:
         """Sum over ranks of ``weight`` * a TensorFlow tensor, on its device. Only where ``takes_tensors``."""

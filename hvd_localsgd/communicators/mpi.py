@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.communicators import Communicator, CommunicatorError, launched_size
+from hvd_localsgd.communicators import Communicator, CommunicatorError, SharedVector, launched_size
 
 _SPIN_SECONDS = 2e-3
 _LONGEST_PAUSE = 1e-3
@@ -161,6 +161,16 @@ class MPICommunicator(Communicator):
         ends = np.cumsum(lengths)
         return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
 
+    def share(self, values: np.ndarray) -> SharedVector:
+        """An MPI window."""
+        try:
+            return _Window(self._mpi, self._comm, values)
+        except self._mpi.Exception as error:
+            raise CommunicatorError(
+                f"mode='async' needs one-sided MPI, which {self._mpi.Get_library_version().splitlines()[0]} does not offer "
+                f"here ({error}). Some libraries have it only inside a host or on InfiniBand; mode='sync' works everywhere."
+            ) from error
+
     def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
         """MPI_Comm_split."""
         colors = {rank: color for color, ranks in enumerate(groups) for rank in ranks}
@@ -174,6 +184,42 @@ class MPICommunicator(Communicator):
     def abort(self) -> None:
         """MPI_Abort: the launcher stops every other rank and returns non-zero."""
         self._comm.Abort(1)
+
+
+class _Window(SharedVector):
+    """Evenly spread over the ranks, so that none is a bottleneck; open to all from the first moment to the last."""
+
+    def __init__(self, mpi: Any, comm: Any, values: np.ndarray) -> None:
+        self._mpi = mpi
+        self._bounds = np.linspace(0, values.size, comm.Get_size() + 1).astype(int)
+        own = values[slice(*self._bounds[comm.Get_rank() :][:2])]
+        self._window = mpi.Win.Allocate(max(own.nbytes, values.itemsize), values.itemsize, comm=comm)
+        np.frombuffer(self._window.tomemory(), values.dtype)[: own.size] = own
+        self._window.Lock_all(mpi.MODE_NOCHECK)
+        self._window.Sync()
+        comm.Barrier()
+
+    def _pieces(self, size: int, at: int) -> Iterator[tuple[int, slice, int]]:
+        """Owner, which part of the buffer, place in the owner's stretch."""
+        first, last = np.searchsorted(self._bounds, [at, at + size - 1], "right") - 1
+        for owner in range(first, last + 1):
+            start, stop = max(at, self._bounds[owner]), min(at + size, self._bounds[owner + 1])
+            if start < stop:
+                yield owner, slice(start - at, stop - at), int(start - self._bounds[owner])
+
+    def add(self, values: np.ndarray, at: int, before: np.ndarray) -> None:
+        for owner, part, place in self._pieces(values.size, at):
+            self._window.Get_accumulate(values[part], before[part], owner, place, op=self._mpi.SUM)
+            self._window.Flush(owner)
+
+    def read(self, values: np.ndarray, at: int) -> None:
+        for owner, part, place in self._pieces(values.size, at):
+            self._window.Get(values[part], owner, place)
+            self._window.Flush(owner)
+
+    def free(self) -> None:
+        self._window.Unlock_all()
+        self._window.Free()
 
 
 def _prepare_loading() -> None:
