@@ -60,7 +60,7 @@ def run(
 
         rows = measure(arguments)
         if devices.get().rank == 0:
-            _finish(arguments.json, {"machine": machine(), "rows": rows}, title, columns, draw)
+            finish(arguments.json, {"machine": machine(), "rows": rows}, title, columns, draw)
         return 0
     rows, about = [], None
     for ranks in arguments.ranks:
@@ -73,19 +73,20 @@ def run(
         about = written["machine"] | {"ranks": arguments.ranks if about else ranks}
         rows += written["rows"]
     if len(arguments.ranks) == 1:
-        _finish(arguments.json, {"machine": about, "rows": rows}, None, columns, draw)
+        finish(arguments.json, {"machine": about, "rows": rows}, None, columns, draw)
     else:
-        _finish(arguments.json, {"machine": about, "rows": rows}, title, columns, draw)
+        finish(arguments.json, {"machine": about, "rows": rows}, title, columns, draw)
     return 0
 
 
-def _finish(
+def finish(
     path: Path,
     written: dict[str, Any],
     title: str | None,
     columns: Sequence[str],
     draw: Callable[[Any, Rows], None],
 ) -> None:
+    """Write the JSON file, print the table (if there is a title) and draw the plot."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(written, indent=2) + "\n")
     if title is not None:
