@@ -347,12 +347,14 @@ class LocalSGD:
             self._pace = (self._pace + latest) / 2 if self._pace else latest
 
     def _next_interval(self, table: np.ndarray) -> int:
-        """H of the next round; balanced, in proportion to each rank's speed, H on average (PR-SGD, unequal workers)."""
+        """H of the next round; balanced, each rank's own, so that all take equally long (PR-SGD, unequal workers)."""
         interval = self.settings.schedule.interval(int(table["total"].max()))
-        if self.settings.interval == "equal" or not table["pace"].all():
+        pace = table["pace"]
+        if self.settings.interval == "equal" or not pace.all():
             return interval
-        speed = 1 / table["pace"]
-        return max(1, round(interval * float(speed[self.communicator.rank] / speed.mean())))
+        seconds = interval / (1 / pace).mean()  # in which the ranks take H steps on average
+        whole = max(1, round(seconds / pace.max())) * pace.max()  # the slowest has the fewest, and so the coarsest
+        return max(1, round(whole / pace[self.communicator.rank]))
 
     def _record(self, interval: int, payload: int, drift: float, staleness: int = 0) -> None:
         parts, wall = self.watch.parts, self.watch.wall()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -19,6 +20,7 @@ _LONGEST_PAUSE = 1e-3
 _SMALLEST_PROBE, _LARGEST_PROBE = 16 << 20, 48 << 20  # more than caches hold, or one call looks as good as chunks
 _SLOW_SECONDS = 0.1  # for the smallest probe: a network, whose noise is small beside this
 _ENOUGH_SECONDS = 1.0
+_ANSWER_SECONDS = 5e-4
 _LARGE_CHUNK = 32 << 20
 _CANDIDATES = ((1 << 20, False), (2 << 20, False), (_LARGE_CHUNK, False), (_LARGE_CHUNK, True))  # chunk bytes, ring
 
@@ -164,7 +166,7 @@ class MPICommunicator(Communicator):
     def share(self, values: np.ndarray) -> SharedVector:
         """An MPI window."""
         try:
-            return _Window(self._mpi, self._comm, values)
+            return _Window(self._mpi, self._comm, values, several_hosts=self.local_size < self.size)
         except self._mpi.Exception as error:
             raise CommunicatorError(
                 f"mode='async' needs one-sided MPI, which {self._mpi.Get_library_version().splitlines()[0]} does not offer "
@@ -189,7 +191,7 @@ class MPICommunicator(Communicator):
 class _Window(SharedVector):
     """Evenly spread over the ranks, so that none is a bottleneck; open to all from the first moment to the last."""
 
-    def __init__(self, mpi: Any, comm: Any, values: np.ndarray) -> None:
+    def __init__(self, mpi: Any, comm: Any, values: np.ndarray, several_hosts: bool) -> None:
         self._mpi = mpi
         self._bounds = np.linspace(0, values.size, comm.Get_size() + 1).astype(int)
         own = values[slice(*self._bounds[comm.Get_rank() :][:2])]
@@ -198,6 +200,15 @@ class _Window(SharedVector):
         self._window.Lock_all(mpi.MODE_NOCHECK)
         self._window.Sync()
         comm.Barrier()
+        # Inside a host others reach our memory by themselves. Over TCP the library answers them only when it is called.
+        self._freed = threading.Event()
+        self._helper = threading.Thread(target=self._answer, args=(comm,), daemon=True)
+        if several_hosts and mpi.Query_thread() == mpi.THREAD_MULTIPLE:
+            self._helper.start()
+
+    def _answer(self, comm: Any) -> None:
+        while not self._freed.wait(_ANSWER_SECONDS):
+            comm.Iprobe()
 
     def _pieces(self, size: int, at: int) -> Iterator[tuple[int, slice, int]]:
         """Owner, which part of the buffer, place in the owner's stretch."""
@@ -219,6 +230,9 @@ class _Window(SharedVector):
 
     def free(self) -> None:
         self._window.Unlock_all()
+        self._freed.set()
+        if self._helper.is_alive():
+            self._helper.join()
         self._window.Free()
 
 

@@ -229,7 +229,7 @@ def test_balanced_rounds_give_fast_ranks_more_steps(lsgd, gather):
     assert full >= 4
     for number in range(full):
         mean = np.mean([own[number] for own in intervals])
-        assert mean == pytest.approx(6, abs=1), "H on average"
+        assert mean == pytest.approx(6, abs=2.5), "H on average, as far as whole steps allow"
     if communicator.size > 1:
         assert intervals[0][full - 1] < intervals[1][full - 1]
     reference.assert_same_everywhere(gather, model)

@@ -1,0 +1,185 @@
+"""Yu, Yang & Zhu (2018), section 5: ResNet-20 on CIFAR-10, parallel restarted SGD with I local steps a round.
+
+python benchmarks/papers/prsgd_cifar10.py --ranks 2 --subset 512 --epochs 2          a laptop
+srun -n 8 python benchmarks/papers/prsgd_cifar10.py --full                           the paper's setting
+python benchmarks/papers/prsgd_cifar10.py --data mnist.npz --subset 512              any file with Keras' keys
+
+Loss and accuracy against epochs and against time, for each I. An epoch is one pass over all training images by all ranks together.
+CIFAR-10 comes from keras.datasets, which downloads it, unless --data names a file with x_train, y_train, x_test, y_test (grey
+images get three channels, small ones a border). The rate is divided by ten at a half and at three quarters of the epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import report
+
+
+def resnet20(classes: int, width: int = 16, blocks: int = 3) -> Any:
+    """He et al. (2016), section 4.2: 6 n + 2 layers for 32 x 32 images, n = 3; 0.27 million weights."""
+    import keras
+
+    layers = keras.layers
+    decay = keras.regularizers.L2(1e-4 / 2)
+
+    def convolution(x: Any, filters: int, stride: int = 1, size: int = 3) -> Any:
+        x = layers.Conv2D(
+            filters,
+            size,
+            stride,
+            padding="same",
+            use_bias=False,
+            kernel_initializer="he_normal",
+            kernel_regularizer=decay,
+        )(x)
+        return layers.BatchNormalization()(x)
+
+    images = keras.Input((32, 32, 3))
+    x = layers.ReLU()(convolution(images, width))
+    for stage in range(3):
+        for block in range(blocks):
+            filters, stride = width << stage, 2 if stage and block == 0 else 1
+            y = convolution(layers.ReLU()(convolution(x, filters, stride)), filters)
+            if stride > 1:  # option A of the paper: no weights in the shortcut
+                x = layers.AveragePooling2D(2)(x)
+                x = layers.Concatenate()([x, layers.Lambda(keras.ops.zeros_like)(x)])
+            x = layers.ReLU()(layers.Add()([x, y]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(images, layers.Dense(classes, kernel_regularizer=decay)(x))
+
+
+def load(path: Path | None) -> tuple[np.ndarray, ...]:
+    """Images in [-0.5, 0.5], 32 x 32 x 3, and labels: train, then test."""
+    import keras
+
+    if path is None:
+        (x_train, y_train), (x_test, y_test) = keras.datasets.cifar10.load_data()
+    else:
+        with np.load(path) as file:
+            x_train, y_train, x_test, y_test = (file[key] for key in ("x_train", "y_train", "x_test", "y_test"))
+
+    def prepare(x: np.ndarray) -> np.ndarray:
+        if x.ndim == 3:
+            x = np.repeat(x[..., None], 3, axis=-1)
+        border = [(32 - side) // 2 for side in x.shape[1:3]]
+        x = np.pad(x, [(0, 0), *[(b, 32 - side - b) for b, side in zip(border, x.shape[1:3], strict=True)], (0, 0)])
+        return x.astype(np.float32) / 255 - 0.5
+
+    return prepare(x_train), y_train.reshape(-1), prepare(x_test), y_test.reshape(-1)
+
+
+def measure(arguments: argparse.Namespace) -> report.Rows:
+    """A row for each I and epoch."""
+    import keras
+    import tensorflow as tf
+
+    import hvd_localsgd as lsgd
+    from hvd_localsgd import timing
+
+    lsgd.init()
+    x_train, y_train, x_test, y_test = load(arguments.data)
+    if arguments.subset:
+        x_train, y_train = x_train[: arguments.subset], y_train[: arguments.subset]
+        x_test, y_test = x_test[: arguments.subset], y_test[: arguments.subset]
+    count = len(x_train) // (lsgd.size() * arguments.batch) * arguments.batch
+    if not count:
+        raise SystemExit(f"{len(x_train)} images are less than a batch of {arguments.batch} for {lsgd.size()} ranks")
+    own = np.random.default_rng(0).permutation(len(x_train))[lsgd.rank() :: lsgd.size()][:count]
+    test = slice(lsgd.rank(), None, lsgd.size())
+
+    def augment(image: Any, label: Any) -> Any:
+        image = tf.image.random_crop(tf.pad(image, [[4, 4], [4, 4], [0, 0]]), (32, 32, 3))
+        return tf.image.random_flip_left_right(image), label
+
+    rows: report.Rows = []
+    for interval in arguments.interval:
+        keras.utils.set_random_seed(1)
+        model = resnet20(int(y_train.max()) + 1)
+        steps = count // arguments.batch * arguments.epochs
+        rate = keras.optimizers.schedules.PiecewiseConstantDecay(
+            [steps // 2, steps * 3 // 4], [arguments.learning_rate / 10**i for i in range(3)]
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(rate, momentum=arguments.momentum), loss, metrics=["accuracy"])
+        data = tf.data.Dataset.from_tensor_slices((x_train[own], y_train[own])).shuffle(count, seed=lsgd.rank())
+        if not arguments.no_augmentation:
+            data = data.map(augment)
+        callback = lsgd.LocalSGDCallback(interval)
+
+        class Clock(keras.callbacks.Callback):
+            def on_train_begin(self, logs: Any = None) -> None:
+                self.began = time.perf_counter()
+                self.times: list[float] = []
+
+            def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+                self.times.append(time.perf_counter() - self.began)
+
+        clock = Clock()
+        history = model.fit(
+            data.batch(arguments.batch).prefetch(2), epochs=arguments.epochs, verbose=0, shuffle=False, callbacks=[callback, clock],
+            validation_data=(x_test[test], y_test[test]), validation_batch_size=256,
+        ).history  # fmt: skip
+        average = timing.mean(callback.totals)
+        for epoch in range(arguments.epochs):
+            rows.append(
+                {
+                    "I": interval,
+                    "ranks": lsgd.size(),
+                    "epoch": epoch + 1,
+                    "seconds": clock.times[epoch],
+                    "loss": history["loss"][epoch],
+                    "accuracy": history["accuracy"][epoch],
+                    "test accuracy": history["val_accuracy"][epoch],
+                    "averaging %": 100
+                    * (average["communicate"] + average["pack"] + average["unpack"])
+                    / average["wall"],
+                    "images": count * lsgd.size(),
+                    "data": str(arguments.data or "CIFAR-10"),
+                }
+            )
+    return rows
+
+
+def draw(figure: Any, rows: report.Rows) -> None:
+    """The paper's figures: loss and accuracy, against epochs and against time."""
+    panels = figure.subplots(2, 2)
+    for line, column in zip(panels, ("loss", "test accuracy"), strict=True):
+        for panel, axis in zip(line, ("epoch", "seconds"), strict=True):
+            for interval in sorted({row["I"] for row in rows}):
+                points = [(row[axis], row[column]) for row in rows if row["I"] == interval]
+                panel.plot(*zip(*points, strict=True), marker=".", label=f"I = {interval}")
+            panel.set_xlabel(axis)
+            panel.set_ylabel(column)
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.set_size_inches(9, 6)
+
+
+def main() -> int:
+    """Train, print, write; the exit status."""
+    parser = report.parser(__doc__, repeats=1)
+    parser.add_argument("--data", type=Path, help="npz file with Keras' keys; CIFAR-10 by default")
+    parser.add_argument("--interval", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="I, local steps a round")
+    parser.add_argument("--subset", type=int, help="only so many images of each set")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--momentum", type=float, default=0.9)
+    parser.add_argument("--no-augmentation", action="store_true", help="no crops and flips")
+    parser.add_argument("--full", action="store_true", help="all images, 200 epochs")
+    arguments = parser.parse_args()
+    if arguments.full:
+        arguments.subset, arguments.epochs = None, 200
+    columns = ("I", "ranks", "epoch", "seconds", "loss", "accuracy", "test accuracy", "averaging %")
+    return report.run(arguments, measure, "ResNet-20, parallel restarted SGD", columns, draw)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
