@@ -1,28 +1,29 @@
 """The benchmarks run, start their own ranks, and write what they promise; what they measure is not a test's business."""
 
 import json
+import sys
 
+import numpy as np
 import pytest
 
 from . import programs
 
+sys.path[:0] = [str(programs.ROOT / "benchmarks"), str(programs.ROOT / "benchmarks" / "papers")]
+
+
+def run(path, script, *arguments, timeout=180):
+    """The rows of the JSON file that it writes; the plot must lie beside it."""
+    line = [sys.executable, f"benchmarks/{script}", *map(str, arguments), "--json", str(path / "x.json")]
+    result = programs.start(line, timeout)
+    assert result.status == 0, result.output
+    assert (path / "x.png").stat().st_size > 5000
+    written = json.loads((path / "x.json").read_text())
+    assert written["machine"]["versions"]["keras"]
+    return written["rows"]
+
 
 def test_sync_cost(tmp_path):
-    line = [
-        programs.sys.executable,
-        "benchmarks/sync_cost.py",
-        "--ranks",
-        "2",
-        "--models",
-        "resnet50",
-        "--repeats",
-        "2",
-    ]
-    result = programs.start([*line, "--json", str(tmp_path / "x.json")], 180)
-    assert result.status == 0, result.output
-    written = json.loads((tmp_path / "x.json").read_text())
-    assert written["machine"]["ranks"] == 2
-    (row,) = written["rows"]
+    (row,) = run(tmp_path, "sync_cost.py", "--ranks", 2, "--models", "resnet50", "--repeats", 2)
     assert (row["model"], row["ranks"], row["transport"], row["variables"]) == ("resnet50", 2, "memory", 214)
     assert row["bytes"] == 4 * 25_583_592
     assert row["ratio_raw"] == pytest.approx((row["sync_s"] + row["next_step_extra_s"]) / row["raw_allreduce_s"])
@@ -30,13 +31,95 @@ def test_sync_cost(tmp_path):
 
 
 def test_step_overhead(tmp_path):
-    path = tmp_path / "x.json"
-    arguments = ["--widths", "8", "--steps", "5", "--repeats", "1", "--json", str(path)]
-    result = programs.start([programs.sys.executable, "benchmarks/step_overhead.py", *arguments], 120)
-    assert result.status == 0, result.output
-    rows = json.loads(path.read_text())["rows"]
+    rows = run(tmp_path, "step_overhead.py", "--widths", 8, "--steps", 5, "--repeats", 1)
     assert [row["way"] for row in rows] == ["plain", "callback", "optimizer"]
     assert all(row["step_s"] > 0 for row in rows)
+
+
+def test_throughput(tmp_path):
+    sizes = ("--repeats", 1, "--steps", 4, "--filters", 2, "--batch", 4)
+    rows = run(tmp_path, "throughput.py", "--ranks", 2, "--sync-every", 1, 2, *sizes)
+    assert [row["way"] for row in rows][:3] == ["no communication", "Local SGD, H = 1", "Local SGD, H = 2"]
+    assert all(row["images/s"] > 0 for row in rows)
+    assert 0 < rows[1]["compute %"] + rows[1]["wait %"] + rows[1]["communicate %"] <= 100.1
+
+
+def test_time_to_accuracy(tmp_path):
+    random = np.random.default_rng(0)
+    y = random.integers(0, 10, 600)
+    x = (25 * np.eye(10)[y][:, :, None] * np.ones(78)).reshape(600, 780) + random.integers(0, 25, (600, 780))
+    images = np.pad(x, [(0, 0), (0, 4)]).reshape(600, 28, 28).astype("uint8")
+    np.savez(tmp_path / "d.npz", x_train=images[:500], y_train=y[:500], x_test=images[500:], y_test=y[500:])
+    sizes = ("--ways", 2, "--width", 16, "--evaluate-every", 10, "--limit", 30, "--accuracy", 0.9)
+    (row,) = run(tmp_path, "time_to_accuracy.py", "--data", tmp_path / "d.npz", "--ranks", 2, *sizes)
+    assert row["accuracy"] >= 0.9
+    assert row["seconds"] == row["history"][-1][0] > 0
+    assert row["steps"] == 10 * len(row["history"])
+
+
+def test_scaling(tmp_path):
+    sizes = ("--fit-ranks", 2, "--repeats", 1, "--compute-ms", 1, "--bytes", 65536)
+    rows = run(tmp_path, "scaling.py", "--ranks", 3, *sizes)
+    assert {row["kind"] for row in rows} == {"model", "fit", "validation", "prediction"}
+    for row in rows:
+        if row["kind"] == "prediction":
+            assert row["predicted_s"] >= row["H"] * 1e-3
+            assert row["efficiency"] == pytest.approx(row["H"] * 1e-3 / row["predicted_s"])
+
+
+def test_the_model_of_stragglers_is_right_about_normal_steps():
+    import scaling
+
+    drawn = np.random.default_rng(0).normal(0.01, 0.002, (4000, 16, 9)).sum(2).max(1)
+    assert scaling.slowest_of(16, 9, 0.01, 0.2) == pytest.approx(drawn.mean(), rel=0.01)
+
+
+def test_unequal_speeds(tmp_path):
+    rows = run(tmp_path, "unequal_speeds.py", "--ranks", 2, "--slow", 3, "--seconds", 1, "--step-ms", 3)
+    assert [row["way"] for row in rows] == ["no communication", "plain", "balanced", "async"]
+    assert all(row["steps/s"] > 0 for row in rows)
+
+
+@pytest.fixture
+def libsvm(tmp_path):
+    """A small problem with two classes: the file, and f* by scikit-learn."""
+    from sklearn.datasets import dump_svmlight_file
+    from sklearn.linear_model import LogisticRegression
+
+    random = np.random.default_rng(1)
+    x = random.integers(0, 2, (300, 6)).astype(float)
+    y = np.where(x @ np.linspace(-2, 2, 6) + random.normal(size=300) > 0, 1, -1)
+    dump_svmlight_file(x, y, str(tmp_path / "data"), zero_based=False)
+    solution = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-10, max_iter=1000).fit(x, y).coef_[0]
+    value = np.mean(np.log1p(np.exp(-y * (x @ solution)))) + solution @ solution / 600
+    return tmp_path / "data", value
+
+
+def test_stich(tmp_path, libsvm):
+    file, optimum = libsvm
+    sizes = ("--batch", 4, "--epsilon", 0.05, "--limit", 2000, "--mpi", 2)
+    rows = run(tmp_path, "papers/stich_w8a.py", "--data", file, "--ranks", 1, 2, "--sync-every", 1, 3, *sizes)
+    assert [(row["ranks"], row["sync_every"]) for row in rows] == [(1, 1), (2, 1), (1, 3), (2, 3)]
+    for row in rows:
+        assert optimum - 1e-6 < row["objective"] <= optimum + 0.05 + 1e-6
+        assert row["speedup_steps"] == pytest.approx(rows[0]["steps"] / row["steps"])
+        if row["ranks"] == 2:
+            assert row["difference"] < 1e-6, "the MPI ranks' iterates are not the simulation's"
+
+
+def test_heterogeneous(tmp_path, libsvm):
+    sizes = ("--sync-every", 1, 4, "--steps", 8, "--batch", 4)
+    rows = run(tmp_path, "papers/heterogeneous.py", "--data", libsvm[0], "--ranks", 2, *sizes)
+    assert [row["shards"] for row in rows] == ["shuffled", "shuffled", "contiguous", "contiguous"]
+    assert all(row["suboptimality"] > -1e-6 for row in rows)
+
+
+def test_resnet20_is_he_et_als():
+    import prsgd_cifar10
+
+    model = prsgd_cifar10.resnet20(10)
+    assert sum(int(np.prod(w.shape)) for w in model.trainable_weights) == 269_722  # 0.27 million
+    assert len([layer for layer in model.layers if "conv2d" in layer.name]) == 19
 
 
 @pytest.mark.parametrize(

@@ -58,3 +58,17 @@ def test_demo(tmp_path):
     assert runs[1]["syncs"] < steps / 8
     assert runs[0]["bytes"] / runs[0]["syncs"] == runs[1]["bytes"] / runs[1]["syncs"] > 0
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_prints_what_theory_allows():
+    numbers = ["--samples", "1000000", "--epochs", "10", "--ranks", "10", "--batch", "10", "--compute-ms", "10"]
+    network = ["--model-mb", "100", "--bandwidth", "1", "--latency", "0"]
+    line = [programs.sys.executable, "-m", "hvd_localsgd.cli", "plan", *numbers, *network]
+    result = programs.start(line, 60)
+    assert result.status == 0, result.output
+    # T = 100,000; sqrt(T / (K b)) = 31.6; 2 * 9/10 * 100 MB at 125 MB/s = 1.44 s
+    assert "T = 100000" in result.output
+    assert "1.44e+03 ms" in result.output
+    (convex,) = [text for text in result.output.splitlines() if "strongly convex" in text]
+    assert convex.split()[:2] == ["31", "3226"]
+    assert programs.start([*line, "--ranks", "0"], 60).status == 2
