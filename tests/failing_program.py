@@ -4,7 +4,8 @@ import os
 import sys
 
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
-what = sys.argv[1]
+what = sys.argv[1].removeprefix("async_")
+mode = "async" if sys.argv[1].startswith("async_") else "sync"
 
 import hvd_localsgd as lsgd
 
@@ -47,6 +48,6 @@ if what == "optimizer_shape" or what.startswith("optimizer"):
     model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[Trouble()])
 else:
     model.compile(optimizer, "mse")
-    callback = lsgd.LocalSGDCallback(sync_every=sync_every)
+    callback = lsgd.LocalSGDCallback(sync_every=sync_every, mode=mode)
     model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[callback, Trouble()])
 print("not reached")

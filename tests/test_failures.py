@@ -14,6 +14,8 @@ EVERY_RANK = {
     "shape": r"Ranks hold different models: variable 0 .*\[2, 4\].* on rank 1",
     "optimizer_shape": r"Ranks hold different models: variable 0 .*\[2, 4\].* on rank 1",
     "optimizer_raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
+    "async_raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
+    "async_nan": "NaN or infinity in the weights of rank 1",
     "nan": "NaN or infinity in the weights of rank 1",
     "empty_shard": "1 samples cannot be shared by 2 ranks",
     "zero": "sync_every must be an integer >= 1 .*Received: 0",
@@ -34,10 +36,12 @@ def test_an_error_on_every_rank(what):
     assert result.status != 0, result.output
     assert "not reached" not in result.output, result.output
     assert error_lines(result.output, EVERY_RANK[what], 0), result.output
-    own = {"raises": "ValueError: trouble in", "optimizer_raises": "ValueError: trouble in"}.get(what)
-    own = own or {"raises_before_training": r"ends the job \(KeyError\)", "exits": "ends the job"}.get(
-        what, EVERY_RANK[what]
-    )
+    own = "ValueError: trouble in" if what in ("raises", "optimizer_raises") else None
+    own = own or {
+        "raises_before_training": r"ends the job \(KeyError\)",
+        "exits": "ends the job",
+        "async_raises": r"ends the job \(ValueError\)",
+    }.get(what, EVERY_RANK[what])
     assert error_lines(result.output, own, 1), result.output
 
 
