@@ -101,6 +101,7 @@ def test_stich(tmp_path, libsvm):
     rows = run(tmp_path, "papers/stich_w8a.py", "--data", file, "--ranks", 1, 2, "--sync-every", 1, 3, *sizes)
     assert [(row["ranks"], row["sync_every"]) for row in rows] == [(1, 1), (2, 1), (1, 3), (2, 3)]
     for row in rows:
+        assert row["optimum"] == pytest.approx(optimum, abs=1e-6)
         assert optimum - 1e-6 < row["objective"] <= optimum + 0.05 + 1e-6
         assert row["speedup_steps"] == pytest.approx(rows[0]["steps"] / row["steps"])
         if row["ranks"] == 2:

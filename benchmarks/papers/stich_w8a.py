@@ -334,6 +334,8 @@ def main() -> int:
                         f"b = {batch}, ε = {epsilon:g}, H = {interval}, K = {ranks}: T = {rows[-1]['steps']}",
                         flush=True,
                     )
+    for row in rows:
+        row["optimum"] = optimum
     for ranks in arguments.mpi:
         if status := run_real(arguments, [row for row in rows if row["ranks"] == ranks and row["steps"]], ranks):
             return status
