@@ -1,6 +1,6 @@
 """Stich (2018), section 4: logistic regression on w8a, speed-up against the number of ranks for each H.
 
-python benchmarks/papers/stich_w8a.py --data w8a.bz2 --ranks 1 2 4 8 16 --sync-every 1 2 4 8 16 --batch 4 16
+python benchmarks/papers/stich_w8a.py --data w8a.bz2 --ranks 1 2 4 8 16 --sync-every 1 2 4 8 16 --batch 4 16 --epsilon 0.02 0.01
 python benchmarks/papers/stich_w8a.py --data w8a.bz2 --quick
 
 Any LIBSVM file with two classes will do. For every K, H and b the step size is tuned as in the paper, over min(32, c n/(t + 1)) and
