@@ -38,15 +38,14 @@ class AsyncLocalSGD(LocalSGD):
         if communicator.size == 1:
             return moved
         communicator.busy = True
-        self._read: dict[np.dtype, np.ndarray] = {}
+        self._places = self._lay_out()
+        with self.variables.open() as arrays:
+            for chunk, _, read in self._places:
+                chunk.pack(arrays, read, 1.0)
         self._shared: dict[np.dtype, SharedVector] = {}
         for wire in dict.fromkeys(chunk.dtype for chunk in self._plan):
-            self._read[wire] = np.empty(sum(c.elements for c in self._plan if c.dtype == wire), wire)
-        with self.variables.open() as arrays:
-            for chunk, _, read in self._places():
-                chunk.pack(arrays, read, 1.0)
-        for wire, values in self._read.items():
-            self._shared[wire] = communicator.share(values)
+            start = np.concatenate([read for chunk, _, read in self._places if chunk.dtype == wire])
+            self._shared[wire] = communicator.share(start)
         self._counters = communicator.share(np.zeros(2, np.int64))  # syncs of all ranks, ranks that want to stop
         self._fetched = np.empty_like(self._scratch)
         self._syncs_seen, self._said_stop = 0, False
@@ -91,23 +90,22 @@ class AsyncLocalSGD(LocalSGD):
         communicator.busy = True
         self.watch.lap("wait")
         with self.variables.open() as arrays:
-            for chunk, at, read in self._places():
+            for chunk, at, read in self._places:
                 self._shared[chunk.dtype].read(read, at)
                 chunk.unpack(arrays, read)
         for vector in (*self._shared.values(), self._counters):
             vector.free()
         self.watch.lap("communicate")
-        self._read.clear()
+        self._places.clear()
         self._conclude()
 
-    def _places(self) -> list[tuple[Any, int, np.ndarray]]:
-        """Each chunk, where it is in the shared average, and its stretch of what was read."""
-        at = dict.fromkeys(self._read, 0)
+    def _lay_out(self) -> list[tuple[Any, int, np.ndarray]]:
+        """Each chunk, where it is in the shared average, and memory for what was last read of it."""
+        at = dict.fromkeys((chunk.dtype for chunk in self._plan), 0)
         places = []
         for chunk in self._plan:
-            start = at[chunk.dtype]
+            places.append((chunk, at[chunk.dtype], np.empty(chunk.elements, chunk.dtype)))
             at[chunk.dtype] += chunk.elements
-            places.append((chunk, start, self._read[chunk.dtype][start : at[chunk.dtype]]))
         return places
 
     def _count(self) -> int:
@@ -126,7 +124,7 @@ class AsyncLocalSGD(LocalSGD):
         every = max(1, math.ceil(self.variables.elements / DRIFT_SAMPLE))
         distance, sampled = 0.0, 0
         with self.variables.open(exposed) as arrays:
-            for number, (chunk, at, read) in enumerate(self._places()):
+            for number, (chunk, at, read) in enumerate(self._places):
                 size = chunk.elements * chunk.dtype.itemsize
                 progress, average = self._scratch[:size].view(chunk.dtype), self._fetched[:size].view(chunk.dtype)
                 chunk.pack(arrays, progress, 1.0)

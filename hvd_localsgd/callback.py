@@ -201,7 +201,7 @@ class LocalSGDCallback(Callback):
 
     def _look_at_the_other_callbacks(self) -> None:
         """Silence all progress bars but rank 0's; say so if a callback will see logs before they are averaged."""
-        for callback in (callbacks := _callback_list()):
+        for callback in (callbacks := callback_list()):
             if isinstance(callback, ProgbarLogger) and self._communicator.rank > 0:
                 callback.verbose = 0
         if self in callbacks and self._communicator.rank == 0 and self._communicator.size > 1:
@@ -250,7 +250,7 @@ def _check_not_wrapped(optimizer: Any) -> None:
         optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
-def _callback_list() -> list[Callback]:
+def callback_list() -> list[Callback]:
     """The list that is calling us. Keras does not tell callbacks of each other; the caller's frame does."""
     owner = frames.caller_local("self", CallbackList)
     return owner.callbacks if owner is not None else []

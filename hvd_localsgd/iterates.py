@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_localsgd import devices, frames, schedules, timing, variables
+from hvd_localsgd import devices, schedules, timing, variables
 from hvd_localsgd.averaging import LocalSGD, Settings
-from hvd_localsgd.callback import LocalSGDCallback
+from hvd_localsgd.callback import LocalSGDCallback, callback_list
 
 _POWERS = {"uniform": 0, "linear": 1, "quadratic": 2}
 
@@ -65,9 +65,8 @@ class IterateAverage(keras.callbacks.Callback):
         """A new average, of the iterates from here on."""
         if self.model.steps_per_execution > 1:
             raise ValueError(f"IterateAverage needs steps_per_execution=1. Received: {self.model.steps_per_execution}")
-        owner = frames.caller_local("self", keras.callbacks.CallbackList)
-        before = owner.callbacks[: owner.callbacks.index(self)] if owner is not None else []
-        behind = [c for c in (owner.callbacks if owner is not None else []) if c not in before]
+        callbacks = callback_list()
+        behind = callbacks[callbacks.index(self) :] if self in callbacks else []
         if any(isinstance(callback, LocalSGDCallback) for callback in behind):
             raise ValueError("IterateAverage must stand behind LocalSGDCallback in the list of callbacks.")
         self._averages = [tf.Variable(tf.zeros(w.shape, w.dtype)) for w in self._weights()]

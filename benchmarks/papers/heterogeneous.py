@@ -24,7 +24,6 @@ from stich_w8a import Problem
 def measure(arguments: argparse.Namespace) -> report.Rows:
     """A row for each way of cutting and each H."""
     import keras
-    import tensorflow as tf
 
     import hvd_localsgd as lsgd
 
@@ -36,14 +35,7 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
         own = np.array_split(order, size)[rank]
         for interval in arguments.sync_every:
             draws = np.random.default_rng([3, rank]).choice(own, (arguments.steps, arguments.batch))
-            keras.utils.set_random_seed(1)
-            penalty = keras.regularizers.L2(1 / (2 * problem.n))
-            layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", kernel_regularizer=penalty)
-            model = keras.Sequential([keras.Input((problem.dimension,)), layer])
-            model.compile(
-                keras.optimizers.SGD(arguments.learning_rate),
-                lambda y, logits: tf.reduce_mean(tf.nn.softplus(-y * logits), axis=-1),
-            )
+            model = problem.keras_model(keras.optimizers.SGD(arguments.learning_rate))
             callback = lsgd.LocalSGDCallback(interval)
             flat = draws.reshape(-1)
             model.fit(

@@ -23,17 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import report
 
 
-def resnet20(classes: int, width: int = 16, blocks: int = 3) -> Any:
-    """He et al. (2016), section 4.2: 6 n + 2 layers for 32 x 32 images, n = 3; 0.27 million weights."""
+def resnet20(classes: int) -> Any:
+    """He et al. (2016), section 4.2: 20 layers for 32 x 32 images; 0.27 million weights."""
     import keras
 
     layers = keras.layers
     decay = keras.regularizers.L2(1e-4 / 2)
 
-    def convolution(x: Any, filters: int, stride: int = 1, size: int = 3) -> Any:
+    def convolution(x: Any, filters: int, stride: int = 1) -> Any:
         x = layers.Conv2D(
             filters,
-            size,
+            3,
             stride,
             padding="same",
             use_bias=False,
@@ -43,10 +43,10 @@ def resnet20(classes: int, width: int = 16, blocks: int = 3) -> Any:
         return layers.BatchNormalization()(x)
 
     images = keras.Input((32, 32, 3))
-    x = layers.ReLU()(convolution(images, width))
+    x = layers.ReLU()(convolution(images, 16))
     for stage in range(3):
-        for block in range(blocks):
-            filters, stride = width << stage, 2 if stage and block == 0 else 1
+        for block in range(3):
+            filters, stride = 16 << stage, 2 if stage and block == 0 else 1
             y = convolution(layers.ReLU()(convolution(x, filters, stride)), filters)
             if stride > 1:  # option A of the paper: no weights in the shortcut
                 x = layers.AveragePooling2D(2)(x)

@@ -88,6 +88,17 @@ class Problem:
         )  # fmt: skip
         return float(found.fun)
 
+    def keras_model(self, optimizer: Any) -> Any:
+        """The same f, from x = 0; labels are -1 and 1."""
+        import keras
+        import tensorflow as tf
+
+        penalty = keras.regularizers.L2(1 / (2 * self.n))
+        layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", kernel_regularizer=penalty)
+        model = keras.Sequential([keras.Input((self.dimension,)), layer])
+        model.compile(optimizer, lambda y, logits: tf.reduce_mean(tf.nn.softplus(-y * logits), axis=-1))
+        return model
+
     def samples(self, rank: int, batch: int) -> Iterator[np.ndarray]:
         """A worker's draws, uniform from all n, the same in simulation and on MPI ranks."""
         random = np.random.default_rng([7, rank])
@@ -257,13 +268,7 @@ def train(problem: Problem, config: Config, steps: int) -> tuple[np.ndarray, flo
         )
         return tf.ensure_shape(a, (config.batch, problem.dimension)), tf.ensure_shape(y, (config.batch, 1))
 
-    def loss(y: Any, logits: Any) -> Any:
-        return tf.reduce_mean(tf.nn.softplus(-y * logits), axis=-1)
-
-    penalty = keras.regularizers.L2(1 / (2 * problem.n))
-    layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", kernel_regularizer=penalty)
-    model = keras.Sequential([keras.Input((problem.dimension,)), layer])
-    model.compile(keras.optimizers.SGD(Rate()), loss)
+    model = problem.keras_model(keras.optimizers.SGD(Rate()))
     batches = tf.data.Dataset.from_tensor_slices(rows).map(pick).prefetch(4)
     iterates = Iterates()
     callbacks = [lsgd.LocalSGDCallback(config.sync_every), iterates]
