@@ -22,8 +22,14 @@ _CHUNKS = (512, 1024, 2048, 4096)  # KiB
 
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
-    """A row per model."""
-    return [measure_model(name, arguments.repeats) for name in arguments.models]
+    """A row per model; with ``--gbit`` beside what the line rate allows."""
+    rows = [measure_model(name, arguments.repeats) for name in arguments.models]
+    if arguments.gbit:
+        for row in rows:
+            # A ring's bytes on every link, in full packets: 1448 of 1538 bytes are ours, the others headers and gaps.
+            row["line_s"] = 2 * (1 - 1 / row["ranks"]) * row["bytes"] * 8 / (arguments.gbit * 1e9) * 1538 / 1448
+            row["ratio_line"] = (row["sync_s"] + row["next_step_extra_s"]) / row["line_s"]
+    return rows
 
 
 def measure_model(name: str, repeats: int) -> dict[str, Any]:
@@ -124,9 +130,12 @@ def main() -> int:
     """Measure, print, write; the exit status."""
     parser = report.parser(__doc__, repeats=15)
     parser.add_argument("--models", nargs="+", choices=sorted(shapes.MODELS), default=sorted(shapes.MODELS))
-    columns = ("model", "ranks", "sync_s", "next_step_extra_s", "raw_allreduce_s", "chunked_allreduce_s", "ratio_raw",
-               "ratio_chunked")  # fmt: skip
-    return report.run(parser.parse_args(), measure, "A sync beside raw allreduces of the same bytes", columns, draw)
+    parser.add_argument("--gbit", type=float, help="the network's Gbit/s, with one rank per host: what would it allow?")
+    arguments = parser.parse_args()
+    columns = ["model", "ranks", "sync_s", "next_step_extra_s", "raw_allreduce_s", "chunked_allreduce_s", "ratio_raw",
+               "ratio_chunked"]  # fmt: skip
+    columns += ["line_s", "ratio_line"] if arguments.gbit else []
+    return report.run(arguments, measure, "A sync beside raw allreduces of the same bytes", columns, draw)
 
 
 if __name__ == "__main__":

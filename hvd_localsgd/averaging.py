@@ -34,7 +34,7 @@ Interval = Literal["equal", "balanced"]
 
 FINISHED = math.inf
 _BEGIN = -1.0
-DRIFT_SAMPLE = 1 << 20  # elements; the drift of larger models is estimated from evenly spread chunks
+DRIFT_SAMPLE = 1 << 20  # elements; the drift of larger models is estimated from the beginning of every chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,9 @@ class LocalSGD:
     def _prepare_memory(self) -> None:
         self.communicator.tune(self._payload)
         self._plan = list(_chunks(self.variables.blocks, self.communicator.chunk_bytes))
-        self._scratch = np.zeros(max((c.elements * c.dtype.itemsize for c in self._plan), default=0), np.uint8)
+        self._scratch = np.zeros(
+            max((c.elements * c.dtype.itemsize for c in self._plan if not c.direct), default=0), np.uint8
+        )
         memory.use_huge_pages(self._scratch)
         with self.variables.open() as arrays:
             for index in {chunk.pieces[0][0] for chunk in self._plan if chunk.direct}:
@@ -301,14 +303,14 @@ class LocalSGD:
         return math.sqrt(share[0])
 
     def _average_memory(self, weight: float, exposed: Sequence[Any] | None) -> float:
-        """Chunk by chunk through a buffer that stays in cache. Returns this rank's squared distance, estimated."""
+        """Chunk by chunk, each small enough to stay in cache. Returns this rank's squared distance, estimated."""
         watch = self.watch
-        every = max(1, math.ceil(self.variables.elements / DRIFT_SAMPLE))
+        share = min(1.0, DRIFT_SAMPLE / max(self.variables.elements, 1))
         distance, sampled = 0.0, 0
         with self.variables.open(exposed) as arrays:
-            for number, chunk in enumerate(self._plan):
-                sample = number % every == 0
-                if chunk.direct and not sample:
+            for chunk in self._plan:
+                before = chunk.beginning(arrays, math.ceil(share * chunk.elements))
+                if chunk.direct:
                     buffer = chunk.scale(arrays, weight)
                 else:
                     buffer = self._scratch[: chunk.elements * chunk.dtype.itemsize].view(chunk.dtype)
@@ -316,10 +318,10 @@ class LocalSGD:
                 watch.lap("pack")
                 self.communicator.allreduce(buffer)
                 watch.lap("communicate")
-                if sample:
-                    distance += chunk.squared_distance(arrays, buffer)
-                    sampled += chunk.elements
-                if sample or not chunk.direct:
+                before -= buffer[: before.size]
+                distance += float(np.dot(before, before))
+                sampled += before.size
+                if not chunk.direct:
                     chunk.unpack(arrays, buffer)
                 watch.lap("unpack")
         return distance * self.variables.elements / max(sampled, 1)
@@ -452,13 +454,15 @@ class _Chunk:
             for other in others:
                 target += other[start:stop] * scale
 
-    def squared_distance(self, arrays: list[list[np.ndarray]], buffer: np.ndarray) -> float:
-        """|variables - buffer|^2."""
-        total = 0.0
+    def beginning(self, arrays: list[list[np.ndarray]], elements: int) -> np.ndarray:
+        """A copy of the first so many elements."""
+        copy = np.empty(elements, self.dtype)
         for index, start, stop, offset in self.pieces:
-            gap = arrays[index][0][start:stop] - buffer[offset : offset + stop - start]
-            total += float(np.dot(gap, gap))
-        return total
+            end = min(elements, offset + stop - start)
+            if offset >= end:
+                break
+            copy[offset:end] = arrays[index][0][start : start + end - offset]
+        return copy
 
     def unpack(self, arrays: list[list[np.ndarray]], buffer: np.ndarray) -> None:
         """variables <- buffer, on every replica."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,14 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             if due:
                 self._sync_eagerly()
         else:
-            tf.cond(due, self._sync_in_graph, lambda: None)
+            parts = [component for v in self._touched() for component in variables.components(v)]
+            devices_used = {component.device for component in parts}
+            if len(devices_used) > 1:
+                tf.cond(due, lambda: self._sync_devices(parts), lambda: None)
+            elif "CPU" in devices_used.pop():
+                _run_if(due, lambda: self._sync_in_place(parts))
+            else:
+                tf.cond(due, lambda: self._sync_in_place(parts), lambda: None)
 
     def _sync_eagerly(self, exposed: Sequence[tf.Tensor] | None = None) -> None:
         self._engine.local_steps(self._updates() - self._engine.total_steps)
@@ -134,36 +141,40 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         self._engine.synchronise(exposed=exposed)
         self._set_next_sync()
 
-    def _sync_in_graph(self) -> None:
-        """The eager sync from inside a graph. What it changes must be known to the graph, or TensorFlow may reorder."""
-        parts = [component for v in self._touched() for component in variables.components(v)]
-        if len({component.device for component in parts}) == 1:
-            # With the handles as inputs, TensorFlow orders all that touches these variables around the call. Buffers are
-            # exposed out here, because a call to a compiled function in there can wait for ever for a free thread.
-            averaged, handles = self._engine.variables, [component.handle for component in parts]
-            small = averaged.small_dtypes
+    # The eager sync from inside a graph. What it changes must be known to the graph, or TensorFlow may reorder.
 
-            def average(*inputs: tf.Tensor) -> list[tf.Tensor]:
-                exposed = inputs[len(handles) :]
-                self._sync_eagerly(exposed)
-                return list(exposed[: len(small)])
+    def _sync_in_place(self, parts: Sequence[tf.Variable]) -> None:
+        """With the handles as inputs, TensorFlow orders all that touches these variables around the call.
 
-            averages = tf.py_function(average, [*handles, *averaged.expose()], Tout=small)
-            averaged.put_back(averages if small else [])
-            return
+        Buffers are exposed out here: a call to a compiled function in there can wait for ever for a free thread.
+        """
+        averaged, handles = self._engine.variables, [part.handle for part in parts]
+        small = averaged.small_dtypes
 
-        # Handles on several devices cannot be inputs of one op. The old values order it after what came before, and
-        # assigning what it returns orders it before what comes next.
+        def average(*inputs: tf.Tensor) -> list[tf.Tensor]:
+            exposed = inputs[len(handles) :]
+            self._sync_eagerly(exposed)
+            return list(exposed[: len(small)])
+
+        averages = tf.py_function(average, [*handles, *averaged.expose()], Tout=small)
+        averaged.put_back(averages if small else [])
+
+    def _sync_devices(self, parts: Sequence[tf.Variable]) -> None:
+        """Handles on several devices cannot be inputs of one op.
+
+        The old values order it after what came before; assigning what it returns orders it before what comes next.
+        """
+
         def sync(*_: tf.Tensor) -> list[tf.Tensor]:
             self._sync_eagerly(exposed=[])  # nothing is in place where devices differ
-            return [component.read_value() for component in parts]
+            return [part.read_value() for part in parts]
 
         with tf.device("/CPU:0"):
-            values = tf.py_function(sync, [c.read_value() for c in parts], Tout=[c.dtype for c in parts])
-        for component, value in zip(parts, values, strict=True):
-            value.set_shape(component.shape)
-            with tf.device(component.device):
-                component.assign(value)
+            values = tf.py_function(sync, [part.read_value() for part in parts], Tout=[part.dtype for part in parts])
+        for part, value in zip(parts, values, strict=True):
+            value.set_shape(part.shape)
+            with tf.device(part.device):
+                part.assign(value)
 
     def _touched(self) -> list[Any]:
         """Every variable that a sync reads or writes."""
@@ -307,6 +318,18 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         for key in ("inner_optimizer", "sync_every"):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
+
+
+def _run_if(condition: tf.Tensor, action: Callable[[], None]) -> None:
+    """``tf.cond`` without an alternative, at a cost that does not grow with the number of variables.
+
+    TensorFlow replaces its own by a Switch for each input, and the inputs are all variables: a microsecond for each at
+    every step, sync or not. This one is a single operation, which a function that spans devices could not be.
+    """
+    then = tf.function(action, autograph=False).get_concrete_function()
+    signature = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in then.captured_inputs]
+    nothing = tf.function(lambda *_: None, autograph=False).get_concrete_function(*signature)
+    tf.raw_ops.If(cond=condition, input=then.captured_inputs, Tout=[], then_branch=then, else_branch=nothing)
 
 
 def _refuse_xla() -> None:

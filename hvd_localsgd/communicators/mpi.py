@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hvd_localsgd import memory
 from hvd_localsgd.communicators import Communicator, CommunicatorError, SharedVector, launched_size
 
 _SPIN_SECONDS = 2e-3
@@ -125,6 +126,7 @@ class MPICommunicator(Communicator):
         elif payload >= _SMALLEST_PROBE and not self._tuned:
             self._tuned = True
             probe = np.ones(min(payload, _LARGEST_PROBE) // 4, np.float32)
+            memory.use_huge_pages(probe)
             few = probe[: _SMALLEST_PROBE // 4]
             slow = (
                 min(self._time(few, _LARGE_CHUNK, ring=False) for _ in range(2)) > _SLOW_SECONDS
