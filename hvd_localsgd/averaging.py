@@ -324,6 +324,7 @@ class LocalSGD:
                 if not chunk.direct:
                     chunk.unpack(arrays, buffer)
                 watch.lap("unpack")
+        watch.lap("unpack")
         return distance * self.variables.elements / max(sampled, 1)
 
     def _average_tensors(self, weight: float, exposed: Sequence[Any] | None) -> float:

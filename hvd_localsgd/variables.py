@@ -8,9 +8,10 @@ variable, shares it) and because no view outlives the ``with`` block. docs/perfo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -19,7 +20,8 @@ import tensorflow as tf
 
 from hvd_localsgd.communicators import Communicator
 
-SMALL_BYTES = 64 << 10  # up to here a copy costs less than the operations that avoid it
+SMALL_BYTES = 64 << 10  # up to here a copy costs less than the operations that avoid it ...
+MANY = 64  # ... if there are so many that they make up for a second call into TensorFlow
 
 
 def of_model(model: keras.Model) -> list[keras.Variable]:
@@ -138,7 +140,6 @@ class VariableSet:
         self._in_place = self._find_in_place()
         self.blocks = self._make_blocks()
         self._handles = _pack_handles([self._handle(i) for block in self._small for i in block.members])
-        self._expose_compiled = tf.function(lambda: self._expose(tf.unstack(self._handles)), autograph=False)
         self._put_back_compiled = tf.function(
             lambda flats: self._put_back(flats, tf.unstack(self._handles)), autograph=False
         )
@@ -163,11 +164,11 @@ class VariableSet:
     # How each variable is reached: small ones together, others in place, the rest (``open`` says which) by copies.
 
     def _find_small(self) -> list[Block]:
-        """Up to one block for each wire dtype."""
+        """Up to one block for each wire dtype. Never of one variable: a concatenation of one is that variable's memory."""
         blocks = []
         for wire, members in self._by_wire_dtype():
             small = [i for i in members if self._reachable and 0 < self.sizes[i] * wire.itemsize <= SMALL_BYTES]
-            if len(small) > 1:  # the concatenation of one alone would be that variable's own memory
+            if len(small) > MANY:
                 blocks.append(Block(small, sum(self.sizes[i] for i in small), wire, whole=True))
         return blocks
 
@@ -205,6 +206,11 @@ class VariableSet:
     def small_dtypes(self) -> list[tf.DType]:
         """Of the tensors that go from ``expose`` to ``put_back``."""
         return [tf.as_dtype(block.wire) for block in self._small]
+
+    @cached_property
+    def _expose_compiled(self) -> Callable[[], list[tf.Tensor]]:
+        function = tf.function(lambda: self._expose(tf.unstack(self._handles)), autograph=False)
+        return function.get_concrete_function()  # its calls do not look at their arguments, of which there are none
 
     def _expose(self, small: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Small variables copied into one fresh tensor; for the others, tensors that *are* their memory.

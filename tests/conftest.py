@@ -29,3 +29,12 @@ def gather(lsgd):
     from mpi4py import MPI
 
     return MPI.COMM_WORLD.allgather
+
+
+@pytest.fixture(params=["in place", "together"])
+def layout(request, monkeypatch):
+    """Small variables averaged where they are, or copied into one array, as if there were many of them."""
+    from hvd_localsgd import variables
+
+    if request.param == "together":
+        monkeypatch.setattr(variables, "MANY", 1)

@@ -31,6 +31,7 @@ def fit(lsgd, model, rank_batches, callback, *, epochs=1, batch=8, callbacks=(),
     )
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("interval", [1, 3])
 def test_after_a_sync_every_rank_holds_numpys_mean_of_all_ranks(lsgd, gather, interval):
     model = reference.compiled(keras.optimizers.SGD(0.05, momentum=0.9))
@@ -272,6 +273,7 @@ def test_what_is_averaged_and_what_is_left_alone(lsgd, gather):
     assert {r.bytes for r in callback.timings if r.interval} == {sent}, "frozen weights need not travel"
 
 
+@pytest.mark.usefixtures("layout")
 def test_a_tensor_or_a_variable_that_shares_memory_keeps_its_value(lsgd):
     model = reference.compiled(keras.optimizers.SGD(0.05))
     other = [tf.Variable(tf.zeros(v.shape)) for v in model.variables]

@@ -43,6 +43,7 @@ def run(how, model, x, y, batch=8):
     model.optimizer.finalize_variable_values(model.trainable_variables)
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("how", ["fit", "steps_per_execution", "run_eagerly", "tape", "tf_function"])
 def test_follows_algorithm_1(lsgd, gather, how):
     extra = {"steps_per_execution": {"steps_per_execution": 3}, "run_eagerly": {"run_eagerly": True}}.get(how, {})
@@ -229,6 +230,7 @@ def test_only_a_keras_optimizer_once(lsgd):
         lsgd.LocalSGDOptimizer(lsgd.LocalSGDOptimizer(keras.optimizers.SGD()))
 
 
+@pytest.mark.usefixtures("layout")
 def test_a_tensor_that_shares_memory_keeps_its_value(lsgd):
     """In a graph: a tensor read before the sync and used after it."""
     model = reference.compiled(wrapped(lsgd, "sgd", 1), batch_normalization=False)

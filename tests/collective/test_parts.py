@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hvd_localsgd import averaging, devices, header, schedules, timing, variables
@@ -102,6 +102,8 @@ def test_exchange_gives_each_ranks_row(communicator):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("layout")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the same for all examples
 @given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), min_size=1, max_size=6), st.integers(0, 2**31))
 def test_the_average_is_numpys_for_any_shapes_and_dtypes(lsgd, gather, specs, seed):
     communicator = devices.get()
@@ -146,6 +148,7 @@ def test_chunks_hold_every_element_once(specs, capacity):
     assert all((count == 1).all() for count in seen)
 
 
+@pytest.mark.usefixtures("layout")
 def test_a_model_of_many_chunks(communicator, gather):
     random = np.random.default_rng(communicator.rank)
     shapes = [(1200, 1000), (3,), (700, 999), (), (1,)]
@@ -161,7 +164,7 @@ def test_a_model_of_many_chunks(communicator, gather):
         np.testing.assert_allclose(variable.numpy(), mean, rtol=1e-5, atol=1e-6)
     flat = np.array([np.concatenate([v.reshape(-1) for v in other]) for other in everyone])
     drift = np.sqrt(np.mean(np.sum((flat - flat.mean(0)) ** 2, axis=1)))
-    assert engine.timings.rounds[0].drift == pytest.approx(drift, rel=0.02), "estimated from every other chunk"
+    assert engine.timings.rounds[0].drift == pytest.approx(drift, rel=0.02), "estimated from a part of every chunk"
     engine.finish()
 
 
