@@ -167,4 +167,4 @@ def show(title: str, rows: Rows, columns: Sequence[str]) -> None:
             else:
                 cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
         table.add_row(*cells)
-    Console(color_system=None, highlight=False, width=max(Console().width, 140)).print(table)
+    Console(color_system=None, highlight=False, width=max(Console().width, 160)).print(table)

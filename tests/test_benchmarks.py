@@ -23,11 +23,12 @@ def run(path, script, *arguments, timeout=180):
 
 
 def test_sync_cost(tmp_path):
-    (row,) = run(tmp_path, "sync_cost.py", "--ranks", 2, "--models", "resnet50", "--repeats", 2)
+    (row,) = run(tmp_path, "sync_cost.py", "--ranks", 2, "--models", "resnet50", "--repeats", 2, "--gbit", 10)
     assert (row["model"], row["ranks"], row["transport"], row["variables"]) == ("resnet50", 2, "memory", 214)
     assert row["bytes"] == 4 * 25_583_592
     assert row["ratio_raw"] == pytest.approx((row["sync_s"] + row["next_step_extra_s"]) / row["raw_allreduce_s"])
     assert row["raw_allreduce_s"] > 0
+    assert row["line_s"] == pytest.approx(25_583_592 * 32 / 10e9 * 1538 / 1448), "half of the bytes, there and back"
 
 
 def test_step_overhead(tmp_path):
