@@ -31,15 +31,15 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
     data = tf.data.Dataset.from_tensors((tf.ones((8, 64)), tf.zeros((8, 1)))).repeat()
 
     class Pace(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            self.steps, self.began = 0, time.perf_counter()
+
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             time.sleep(arguments.step_ms / 1e3 * (arguments.slow if world.rank == 0 else 1))
-            if batch == 4:  # by then all is compiled
-                self.steps, self.began = 0, time.perf_counter()
-            if batch >= 4:
-                self.steps += 1
-                self.seconds = time.perf_counter() - self.began
-                if self.seconds > arguments.seconds:
-                    self.model.stop_training = True
+            self.steps += 1
+            self.seconds = time.perf_counter() - self.began
+            if self.seconds > arguments.seconds:
+                self.model.stop_training = True
 
     ways: dict[str, dict[str, Any] | None] = {
         "no communication": None,
@@ -53,6 +53,7 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
         model.compile(keras.optimizers.SGD(1e-4), "mse")
         callbacks = [] if options is None else [lsgd.LocalSGDCallback(arguments.sync_every, **options)]
         pace = Pace()
+        model.fit(data, steps_per_epoch=5, verbose=0, shuffle=False, callbacks=callbacks)  # compiles
         model.fit(data, steps_per_epoch=10**6, verbose=0, shuffle=False, callbacks=[*callbacks, pace])
         row: dict[str, Any] = {"way": way, "ranks": world.size, "slow": arguments.slow, "H": arguments.sync_every}
         row["steps/s"] = world.allreduce(pace.steps / pace.seconds)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hvd_localsgd import header
-from hvd_localsgd.averaging import DRIFT_SAMPLE, FINISHED, LocalSGD, Settings
+from hvd_localsgd.averaging import FINISHED, Chunk, LocalSGD, Settings
 from hvd_localsgd.communicators import SharedVector
 
 
@@ -47,7 +47,8 @@ class AsyncLocalSGD(LocalSGD):
             start = np.concatenate([read for chunk, _, read in self._places if chunk.dtype == wire])
             self._shared[wire] = communicator.share(start)
         self._counters = communicator.share(np.zeros(2, np.int64))  # syncs of all ranks, ranks that want to stop
-        self._fetched = np.empty_like(self._scratch)
+        largest = max((chunk.elements * chunk.dtype.itemsize for chunk in self._plan), default=0)
+        self._progress, self._fetched = np.zeros(largest, np.uint8), np.zeros(largest, np.uint8)
         self._syncs_seen, self._said_stop = 0, False
         communicator.busy = False
         return moved
@@ -99,7 +100,7 @@ class AsyncLocalSGD(LocalSGD):
         self._places.clear()
         self._conclude()
 
-    def _lay_out(self) -> list[tuple[Any, int, np.ndarray]]:
+    def _lay_out(self) -> list[tuple[Chunk, int, np.ndarray]]:
         """Each chunk, where it is in the shared average, and memory for what was last read of it."""
         at = dict.fromkeys((chunk.dtype for chunk in self._plan), 0)
         places = []
@@ -121,12 +122,12 @@ class AsyncLocalSGD(LocalSGD):
 
     def _exchange_progress(self, exposed: Sequence[Any] | None) -> float:
         """Algorithm 2, chunk by chunk; returns how far this rank was from the average, estimated."""
-        every = max(1, math.ceil(self.variables.elements / DRIFT_SAMPLE))
         distance, sampled = 0.0, 0
         with self.variables.open(exposed) as arrays:
-            for number, (chunk, at, read) in enumerate(self._places):
+            for chunk, at, read in self._places:
                 size = chunk.elements * chunk.dtype.itemsize
-                progress, average = self._scratch[:size].view(chunk.dtype), self._fetched[:size].view(chunk.dtype)
+                progress, average = self._progress[:size].view(chunk.dtype), self._fetched[:size].view(chunk.dtype)
+                before = chunk.beginning(arrays, self._to_sample(chunk))
                 chunk.pack(arrays, progress, 1.0)
                 progress -= read
                 progress *= 1 / self.communicator.size
@@ -134,12 +135,13 @@ class AsyncLocalSGD(LocalSGD):
                 self._shared[chunk.dtype].add(progress, at, average)
                 self.watch.lap("communicate")
                 average += progress  # what was there before, and ours: what is there now
-                if number % every == 0:
-                    distance += chunk.squared_distance(arrays, average)
-                    sampled += chunk.elements
+                before -= average[: before.size]
+                distance += float(np.dot(before, before))
+                sampled += before.size
                 read[:] = average
                 chunk.unpack(arrays, average)
                 self.watch.lap("unpack")
+        self.watch.lap("unpack")
         return math.sqrt(distance * self.variables.elements / max(sampled, 1))
 
 

@@ -305,11 +305,10 @@ class LocalSGD:
     def _average_memory(self, weight: float, exposed: Sequence[Any] | None) -> float:
         """Chunk by chunk, each small enough to stay in cache. Returns this rank's squared distance, estimated."""
         watch = self.watch
-        share = min(1.0, DRIFT_SAMPLE / max(self.variables.elements, 1))
         distance, sampled = 0.0, 0
         with self.variables.open(exposed) as arrays:
             for chunk in self._plan:
-                before = chunk.beginning(arrays, math.ceil(share * chunk.elements))
+                before = chunk.beginning(arrays, self._to_sample(chunk))
                 if chunk.direct:
                     buffer = chunk.scale(arrays, weight)
                 else:
@@ -326,6 +325,10 @@ class LocalSGD:
                 watch.lap("unpack")
         watch.lap("unpack")
         return distance * self.variables.elements / max(sampled, 1)
+
+    def _to_sample(self, chunk: Chunk) -> int:
+        """From how many elements of a chunk the drift is estimated."""
+        return math.ceil(chunk.elements * min(1.0, DRIFT_SAMPLE / self.variables.elements))
 
     def _average_tensors(self, weight: float, exposed: Sequence[Any] | None) -> float:
         """One flat tensor per dtype, on the device where the variables are. Returns this rank's squared distance."""
@@ -430,7 +433,7 @@ class LocalSGD:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class Chunk:
     """A stretch of the variables, laid end to end, small enough to stay in cache."""
 
     dtype: np.dtype
@@ -472,7 +475,7 @@ class _Chunk:
                 array[start:stop] = buffer[offset : offset + stop - start]
 
 
-def _chunks(blocks: Sequence[variables.Block], chunk_bytes: int) -> Iterator[_Chunk]:
+def _chunks(blocks: Sequence[variables.Block], chunk_bytes: int) -> Iterator[Chunk]:
     """Every element of every block in exactly one chunk.
 
     A block of at least a sixteenth of a chunk has chunks of its own, which are averaged where they lie; smaller ones
@@ -489,7 +492,7 @@ def _chunks(blocks: Sequence[variables.Block], chunk_bytes: int) -> Iterator[_Ch
             if block.whole and size >= capacity / 16:
                 for start in range(0, size, capacity):
                     stop = min(size, start + capacity)
-                    yield _Chunk(wire, stop - start, [(index, start, stop, 0)], direct=True)
+                    yield Chunk(wire, stop - start, [(index, start, stop, 0)], direct=True)
                 continue
             start = 0
             while start < size:
@@ -498,7 +501,7 @@ def _chunks(blocks: Sequence[variables.Block], chunk_bytes: int) -> Iterator[_Ch
                 used += stop - start
                 start = stop
                 if used == capacity:
-                    yield _Chunk(wire, used, pieces, direct=False)
+                    yield Chunk(wire, used, pieces, direct=False)
                     pieces, used = [], 0
         if used:
-            yield _Chunk(wire, used, pieces, direct=False)
+            yield Chunk(wire, used, pieces, direct=False)
