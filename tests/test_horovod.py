@@ -13,6 +13,7 @@ from . import programs
 needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None, reason="Horovod is not installed: make horovod"
 )
+PYTEST = ("-m", "pytest", "-q", "--color=no", "-k", "not together")  # Horovod takes tensors, not their memory
 CHOSEN = {"HVD_LOCALSGD_COMMUNICATOR": "horovod"}
 
 
@@ -31,20 +32,20 @@ def assert_all_passed(result, ranks, at_least):
 
 @needs_horovod
 def test_parts_under_horovodrun():
-    tests = ("-m", "pytest", "-q", "--color=no", "tests/collective/test_parts.py")
+    tests = (*PYTEST, "tests/collective/test_parts.py")
     assert_all_passed(horovodrun(2, *tests, environment=CHOSEN), 2, 14)
 
 
 @needs_horovod
 def test_front_ends_over_horovod_under_mpirun():
     files = ("tests/collective/test_callback.py", "tests/collective/test_optimizer.py")
-    result = programs.mpirun(2, "-m", "pytest", "-q", "--color=no", *files, timeout=900, environment=CHOSEN)
+    result = programs.mpirun(2, *PYTEST, *files, timeout=900, environment=CHOSEN)
     assert_all_passed(result, 2, 60)
 
 
 @needs_horovod
 def test_parts_over_horovod_on_four_ranks():
-    tests = ("-m", "pytest", "-q", "--color=no", "tests/collective/test_parts.py")
+    tests = (*PYTEST, "tests/collective/test_parts.py")
     assert_all_passed(programs.mpirun(4, *tests, timeout=600, environment=CHOSEN), 4, 14)
 
 
