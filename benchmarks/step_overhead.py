@@ -4,8 +4,8 @@ python benchmarks/step_overhead.py --json runs/step_overhead.json
 
 Rounds are longer than the run, so that nothing is synchronised; by default one rank, so that nothing but our own code is measured.
 The fits run at the same time, each in its thread, but take turns: a step of one, a step of the next. Whatever slows the
-machine down for a moment is the same for all; a second plain fit shows what
-remains. Reported is the median over steps of the difference to the plain step of the same turn.
+machine down for a moment is the same for all; a second plain fit shows what remains. Reported is the median over steps of the
+difference to the plain step of the same turn.
 """
 
 from __future__ import annotations
@@ -67,20 +67,20 @@ def measure_width(width: int, steps: int) -> report.Rows:
             turns[(self.place + 1) % len(turns)].release()
             self.wait()
 
-        def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-            turns[(self.place + 1) % len(turns)].release()
-
         def wait(self) -> None:
             turns[self.place].acquire()
             self.began = time.perf_counter()
 
+    def fit_in_turns(model: keras.Model, callbacks: list[keras.callbacks.Callback]) -> None:
+        try:
+            model.fit(data, verbose=0, shuffle=False, callbacks=callbacks)
+        finally:  # all have taken their last step, or this one has failed and nobody may wait for it
+            for turn in turns:
+                turn.release(steps + _WARM_UP)
+
     clocks = [Turns(place) for place in range(len(ways))]
     fits = [
-        threading.Thread(
-            target=built.fit,
-            args=(data,),
-            kwargs={"verbose": 0, "shuffle": False, "callbacks": [*callbacks, clock]},
-        )
+        threading.Thread(target=fit_in_turns, args=(built, [*callbacks, clock]))
         for (built, callbacks), clock in zip(ways.values(), clocks, strict=True)
     ]
     turns[0].release()
