@@ -11,9 +11,10 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 demo: $(VENV)/ready
 	$(BIN)/python benchmarks/demo.py --output runs/demo
 
-# Without a C++ compiler the tests that need Horovod are skipped, and say so.
+# Without a C++ compiler the tests that need Horovod, or our kernel, are skipped, and say so.
 test: $(VENV)/ready
 	$(BIN)/python -m hvd_localsgd.build_horovod || echo 'NO HOROVOD: its tests are skipped'
+	$(BIN)/python -m hvd_localsgd.build_kernel || echo 'NO KERNEL: its tests are skipped'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q

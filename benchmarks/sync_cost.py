@@ -23,6 +23,10 @@ _CHUNKS = (512, 1024, 2048, 4096)  # KiB
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
     """A row per model; with ``--gbit`` beside what the line rate allows."""
+    from hvd_localsgd import build_kernel
+
+    if arguments.without_kernel:
+        build_kernel.load = lambda: None  # type: ignore[assignment]
     rows = [measure_model(name, arguments.repeats) for name in arguments.models]
     if arguments.gbit:
         for row in rows:
@@ -111,6 +115,7 @@ def measure_model(name: str, repeats: int) -> dict[str, Any]:
         "ratio_chunked": (median["sync"] + extra) / best,
         "chunk_bytes": communicator.chunk_bytes,
         "ring": getattr(communicator, "_ring", False),
+        "kernel": engine.variables._kernel is not None,
         "extra_memory_bytes": more_memory,
         "parts_s": parts,
     }
@@ -130,9 +135,10 @@ def main() -> int:
     """Measure, print, write; the exit status."""
     parser = report.parser(__doc__, repeats=15)
     parser.add_argument("--models", nargs="+", choices=sorted(shapes.MODELS), default=sorted(shapes.MODELS))
+    parser.add_argument("--without-kernel", action="store_true", help="as if build_kernel had not been run")
     parser.add_argument("--gbit", type=float, help="the network's Gbit/s, with one rank per host: what would it allow?")
     arguments = parser.parse_args()
-    columns = ["model", "ranks", "sync_s", "next_step_extra_s", "raw_allreduce_s", "chunked_allreduce_s", "ratio_raw",
+    columns = ["model", "ranks", "kernel", "sync_s", "next_step_extra_s", "raw_allreduce_s", "chunked_allreduce_s", "ratio_raw",
                "ratio_chunked"]  # fmt: skip
     columns += ["line_s", "ratio_line"] if arguments.gbit else []
     return report.run(arguments, measure, "A sync beside raw allreduces of the same bytes", columns, draw)

@@ -34,7 +34,7 @@ Interval = Literal["equal", "balanced"]
 
 FINISHED = math.inf
 _BEGIN = -1.0
-DRIFT_SAMPLE = 1 << 20  # elements; the drift of larger models is estimated from the beginning of every chunk
+DRIFT_SAMPLE = 1 << 18  # elements; the drift of larger models is estimated from the beginning of every chunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,7 @@ def build(gloo: bool = False, gpu: bool = False) -> Path:
     key = "\n".join(
         [VERSION, tensorflow, mpi, sys.version, platform.platform(), str(gpu), sys.prefix if mpicxx else ""]
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvd_localsgd"
-    folder = cache / f"horovod-{VERSION}-tf{tensorflow}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = cache() / f"horovod-{VERSION}-tf{tensorflow}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (wheels := sorted(folder.glob("*.whl"))):
         compiler = shutil.which("g++") or shutil.which("c++")
         if compiler is None:
@@ -88,6 +87,11 @@ def build(gloo: bool = False, gpu: bool = False) -> Path:
                 shutil.copy(wheel, folder)
         wheels = sorted(folder.glob("*.whl"))
     return wheels[0]
+
+
+def cache() -> Path:
+    """The folder for what is built, outside the tree."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvd_localsgd"
 
 
 def install_and_check(wheel: Path, gloo: bool = False) -> None:

@@ -18,8 +18,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from hvd_localsgd import build_kernel
 from hvd_localsgd.communicators import Communicator
 
+_PIECE = 1 << 20  # elements broadcast at a time
 SMALL_BYTES = 64 << 10  # up to here a copy costs less than the operations that avoid it ...
 MANY = 64  # ... if there are so many that they make up for a second call into TensorFlow
 
@@ -76,12 +78,16 @@ def broadcast(variables: Sequence[Any], communicator: Communicator) -> bool:
     for variable in variables:
         parts = components(variable)
         value = np.array(parts[0].numpy())
-        received = value.copy()
-        communicator.broadcast(received.reshape(-1))
-        if received.tobytes() != value.tobytes():
+        differs = False
+        for start in range(0, value.size, _PIECE):
+            piece = value.reshape(-1)[start : start + _PIECE]
+            before = piece.tobytes()
+            communicator.broadcast(piece)
+            differs |= piece.tobytes() != before
+        if differs:
             changed = True
             for part in parts:
-                part.assign(received)
+                part.assign(value)
     return changed
 
 
@@ -139,10 +145,9 @@ class VariableSet:
         self._small = self._find_small()
         self._in_place = self._find_in_place()
         self.blocks = self._make_blocks()
-        self._handles = _pack_handles([self._handle(i) for block in self._small for i in block.members])
-        self._put_back_compiled = tf.function(
-            lambda flats: self._put_back(flats, tf.unstack(self._handles)), autograph=False
-        )
+        self._kernel = self._find_kernel()
+        self._packed = [self._pack(block) for block in self._small]
+        self._put_back_compiled = tf.function(lambda flats: self._put_back(flats, self._unpacked()), autograph=False)
         self._read_flat_compiled = tf.function(self.read_flat, autograph=False)
         self._assign_flat_compiled = tf.function(self.assign_flat, autograph=False)
 
@@ -194,13 +199,34 @@ class VariableSet:
     def _handle(self, i: int) -> tf.Tensor:
         return self.components[i][0].handle
 
+    def _handles(self) -> list[list[tf.Tensor]]:
+        """Of the variables in each of ``_small``."""
+        return [[self._handle(i) for i in block.members] for block in self._small]
+
+    def _pack(self, block: Block) -> tf.Tensor:
+        """Many handles as one tensor: to pass each to a compiled function costs as much as a read or an assignment.
+
+        For ``unstack`` each is there eight times: rows of a multiple of 64 bytes are taken out without copying them.
+        """
+        handles = tf.raw_ops.Pack(values=[self._handle(i) for i in block.members])
+        return handles if self._kernel else tf.raw_ops.Pack(values=[handles] * 8, axis=1)
+
+    def _unpacked(self) -> list[list[tf.Tensor]]:
+        """For a compiled function: ``_handles`` from ``_packed``; the kernel takes them as they are."""
+        return [[packed] if self._kernel else tf.unstack(packed) for packed in self._packed]
+
+    def _find_kernel(self) -> Any:
+        """The compiled kernel for small variables, if it is of use here and has been built."""
+        dtypes = {self._dtype(i) for block in self._small for i in block.members}
+        return build_kernel.load() if dtypes and dtypes <= set(build_kernel.DTYPES) else None
+
     def expose(self) -> list[tf.Tensor]:
         """For a graph, before the average: what ``open`` needs. The first ``len(self.small_dtypes)`` go to ``put_back``."""
-        return self._expose([self._handle(i) for block in self._small for i in block.members])
+        return self._expose(self._handles())
 
     def put_back(self, flats: Sequence[tf.Tensor]) -> None:
         """For a graph, after the average: assign the small variables."""
-        self._put_back(flats, [self._handle(i) for block in self._small for i in block.members])
+        self._put_back(flats, self._handles())
 
     @property
     def small_dtypes(self) -> list[tf.DType]:
@@ -209,20 +235,17 @@ class VariableSet:
 
     @cached_property
     def _expose_compiled(self) -> Callable[[], list[tf.Tensor]]:
-        function = tf.function(lambda: self._expose(tf.unstack(self._handles)), autograph=False)
+        function = tf.function(lambda: self._expose(self._unpacked()), autograph=False)
         return function.get_concrete_function()  # its calls do not look at their arguments, of which there are none
 
-    def _expose(self, small: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    def _expose(self, small: Sequence[Sequence[tf.Tensor]]) -> list[tf.Tensor]:
         """Small variables copied into one fresh tensor; for the others, tensors that *are* their memory.
 
         That memory must be the variable's alone. An empty slice assignment makes TensorFlow copy a shared buffer,
         as it does before any update in place; it also turns on copy-on-read, which is turned off again so that reads
         stay free.
         """
-        handles = iter(small)
-        tensors = []
-        for block in self._small:
-            tensors.append(tf.concat([self._read_one(next(handles), i, block.wire) for i in block.members], 0))
+        tensors = [self._read_small(block, handles) for block, handles in zip(self._small, small, strict=True)]
         zero, one = tf.constant([0]), tf.constant([1])
         for i in self._in_place:
             nothing = tf.constant(np.empty((0, *self._shape(i)[1:]), self._dtype(i).as_numpy_dtype))
@@ -231,18 +254,28 @@ class VariableSet:
             tensors.append(tf.raw_ops.ReadVariableOp(resource=self._handle(i), dtype=self._dtype(i)))
         return tensors
 
+    def _read_small(self, block: Block, handles: Sequence[tf.Tensor]) -> tf.Tensor:
+        if self._kernel:
+            return self._kernel.hvd_localsgd_read_variables(handles=handles, T=block.wire, size=block.size)
+        return tf.concat(
+            [self._read_one(handle, i, block.wire) for handle, i in zip(handles, block.members, strict=True)], 0
+        )
+
     def _read_one(self, handle: tf.Tensor, i: int, wire: np.dtype) -> tf.Tensor:
         # As few operations as possible: there may be thousands of these.
         value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=self._dtype(i))
         value.set_shape(self._shape(i))
         return tf.cast(value if value.shape.rank == 1 else tf.reshape(value, [-1]), wire)
 
-    def _put_back(self, flats: Sequence[tf.Tensor], small: Sequence[tf.Tensor]) -> None:
-        handles = iter(small)
-        for block, flat in zip(self._small, flats, strict=True):
-            for i, piece in zip(block.members, tf.split(flat, [self.sizes[i] for i in block.members]), strict=True):
+    def _put_back(self, flats: Sequence[tf.Tensor], small: Sequence[Sequence[tf.Tensor]]) -> None:
+        for block, flat, handles in zip(self._small, flats, small, strict=True):
+            if self._kernel:
+                self._kernel.hvd_localsgd_write_variables(handles=handles, flat=flat)
+                continue
+            pieces = tf.split(flat, [self.sizes[i] for i in block.members])
+            for i, handle, piece in zip(block.members, handles, pieces, strict=True):
                 value = piece if len(self._shape(i)) == 1 else tf.reshape(piece, self._shape(i))
-                tf.raw_ops.AssignVariableOp(resource=next(handles), value=tf.cast(value, self._dtype(i)))
+                tf.raw_ops.AssignVariableOp(resource=handle, value=tf.cast(value, self._dtype(i)))
 
     @contextmanager
     def open(self, exposed: Sequence[tf.Tensor] | None = None) -> Iterator[list[list[np.ndarray]]]:
@@ -320,13 +353,3 @@ class VariableSet:
         kinds = (np.dtype(np.float32), np.dtype(np.float64))
         groups = [(kind, [i for i, dtype in enumerate(self.wire_dtypes) if dtype == kind]) for kind in kinds]
         return [(kind, members) for kind, members in groups if members]
-
-
-def _pack_handles(handles: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Many handles as one tensor: passing each to a compiled function would cost as much as the read or the assignment.
-
-    Each is there eight times: rows whose bytes are a multiple of 64 are taken out of a tensor without copying them.
-    """
-    if not handles:
-        return tf.zeros([0])
-    return tf.raw_ops.Pack(values=[tf.raw_ops.Pack(values=handles)] * 8, axis=1)

@@ -31,10 +31,14 @@ def gather(lsgd):
     return MPI.COMM_WORLD.allgather
 
 
-@pytest.fixture(params=["in place", "together"])
+@pytest.fixture(params=["in place", "together", "together by the kernel"])
 def layout(request, monkeypatch):
     """Small variables averaged where they are, or copied into one array, as if there were many of them."""
-    from hvd_localsgd import variables
+    from hvd_localsgd import build_kernel, variables
 
-    if request.param == "together":
+    if request.param != "in place":
         monkeypatch.setattr(variables, "MANY", 1)
+    if request.param == "together":
+        monkeypatch.setattr(build_kernel, "load", lambda: None)
+    elif "kernel" in request.param and build_kernel.load() is None:
+        pytest.skip("the kernel is not built: python -m hvd_localsgd.build_kernel")

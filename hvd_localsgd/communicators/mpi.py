@@ -23,7 +23,8 @@ _SLOW_SECONDS = 0.1  # for the smallest probe: a network, whose noise is small b
 _ENOUGH_SECONDS = 1.0
 _ANSWER_SECONDS = 5e-4
 _LARGE_CHUNK = 32 << 20
-_CANDIDATES = ((1 << 20, False), (2 << 20, False), (_LARGE_CHUNK, False), (_LARGE_CHUNK, True))  # chunk bytes, ring
+_IN_SHARED_MEMORY = ((1 << 20, False), (2 << 20, False))  # chunk bytes, ring
+_CANDIDATES = (*_IN_SHARED_MEMORY, (_LARGE_CHUNK, False), (_LARGE_CHUNK, True))
 
 
 class MPICommunicator(Communicator):
@@ -116,7 +117,7 @@ class MPICommunicator(Communicator):
             self._comm.Sendrecv(mine, right, recvbuf=theirs, source=left)
 
     def tune(self, payload: int) -> None:
-        """Time small chunks, large ones, and the ring, on a probe of up to 48 MiB; keep the fastest.
+        """Time small chunks and, between hosts, large ones and the ring, on a probe of up to 48 MiB; keep the fastest.
 
         In shared memory, chunks that stay in cache halve the time; on Ethernet each costs a round trip. The
         environment variable HVD_LOCALSGD_CHUNK_MB sets the chunk size instead. Models below 16 MiB are not worth it.
@@ -131,13 +132,14 @@ class MPICommunicator(Communicator):
             slow = (
                 min(self._time(few, _LARGE_CHUNK, ring=False) for _ in range(2)) > _SLOW_SECONDS
             )  # first, connections
+            candidates = _CANDIDATES if self.local_size < self.size else _IN_SHARED_MEMORY
             rounds: list[list[float]] = []
             while len(rounds) < 5 and np.sum(rounds) < _ENOUGH_SECONDS:  # the same sums on every rank
                 # In turn, so that what disturbs the machine for a moment disturbs all alike.
-                rounds.append([self._time(few if slow else probe, *candidate) for candidate in _CANDIDATES])
+                rounds.append([self._time(few if slow else probe, *candidate) for candidate in candidates])
             best = np.min(rounds, axis=0)
             # Small chunks unless something is clearly faster: they take less memory, and are scaled while in cache.
-            self.chunk_bytes, self._ring = _CANDIDATES[int(np.argmax(best < 1.1 * best.min()))]
+            self.chunk_bytes, self._ring = candidates[int(np.argmax(best < 1.1 * best.min()))]
 
     def _time(self, probe: np.ndarray, chunk_bytes: int, ring: bool) -> float:
         """Seconds of the slowest rank."""

@@ -9,7 +9,7 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvd_localsgd import averaging, devices, header, schedules, timing, variables
+from hvd_localsgd import averaging, build_kernel, devices, header, schedules, timing, variables
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -166,6 +166,22 @@ def test_a_model_of_many_chunks(communicator, gather):
     drift = np.sqrt(np.mean(np.sum((flat - flat.mean(0)) ** 2, axis=1)))
     assert engine.timings.rounds[0].drift == pytest.approx(drift, rel=0.02), "estimated from a part of every chunk"
     engine.finish()
+
+
+@pytest.mark.skipif(build_kernel.load() is None, reason="not built: python -m hvd_localsgd.build_kernel")
+def test_the_kernel_refuses_what_does_not_fit():
+    kernel = build_kernel.load()
+    own = [tf.Variable([1.0, 2.0]), tf.Variable([[3.0]], dtype="bfloat16")]
+    handles = [v.handle for v in own]
+    for size in (2, 4):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"values"):
+            kernel.hvd_localsgd_read_variables(handles=handles, T=tf.float32, size=size)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="3 values, but the array has 4"):
+        kernel.hvd_localsgd_write_variables(handles=handles, flat=tf.zeros(4))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="dtype int32"):
+        kernel.hvd_localsgd_read_variables(handles=[tf.Variable([1]).handle], T=tf.float32, size=1)
+    kernel.hvd_localsgd_write_variables(handles=handles, flat=[4.0, 5.0, 6.0])
+    assert [v.numpy().tolist() for v in own] == [[4.0, 5.0], [[6.0]]]
 
 
 @pytest.mark.parametrize("difference", ["shape", "dtype", "count", "name", "settings"])

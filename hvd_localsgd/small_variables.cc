@@ -1,0 +1,136 @@
+// Reads many small variables into one array, and writes them from it: one operation instead of one for each variable.
+// What TensorFlow needs for an operation, microseconds, is more than what these few bytes need. See build_kernel.py.
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_mgr.h"
+#include "tensorflow/core/framework/resource_var.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace hvd_localsgd {
+
+using namespace tensorflow;
+
+// Each of the N tensors holds any number of handles.
+REGISTER_OP("HvdLocalsgdReadVariables")
+    .Input("handles: N * resource")
+    .Output("flat: T")
+    .Attr("N: int >= 1")
+    .Attr("T: {float, double}")
+    .Attr("size: int >= 0")
+    .SetIsStateful()
+    .SetShapeFn([](shape_inference::InferenceContext* context) {
+      int64_t size;
+      TF_RETURN_IF_ERROR(context->GetAttr("size", &size));
+      context->set_output(0, context->Vector(size));
+      return absl::OkStatus();
+    });
+
+REGISTER_OP("HvdLocalsgdWriteVariables")
+    .Input("handles: N * resource")
+    .Input("flat: T")
+    .Attr("N: int >= 1")
+    .Attr("T: {float, double}")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::NoOutputs);
+
+template <typename From, typename To>
+void Convert(const void* from, void* to, int64_t count) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::memcpy(to, from, count * sizeof(To));
+  } else {
+    std::transform(static_cast<const From*>(from), static_cast<const From*>(from) + count, static_cast<To*>(to),
+                   [](From value) { return static_cast<To>(value); });
+  }
+}
+
+// Calls use(variable, where its values are in the array) for each variable behind the handles, which fill the array exactly.
+template <typename T, typename Use>
+Status ForEachVariable(OpKernelContext* context, T* array, int64_t size, Use use) {
+  OpInputList tensors;
+  TF_RETURN_IF_ERROR(context->input_list("handles", &tensors));
+  int64_t used = 0;
+  for (const Tensor& tensor : tensors) {
+    const auto handles = tensor.flat<ResourceHandle>();
+    for (int64_t i = 0; i < handles.size(); ++i) {
+      core::RefCountPtr<Var> variable;
+      TF_RETURN_IF_ERROR(LookupResource(context, handles(i), &variable));
+      mutex_lock lock(*variable->mu());
+      const int64_t count = variable->tensor()->NumElements();
+      if (!variable->is_initialized) return errors::FailedPrecondition(handles(i).name(), " has no value yet");
+      if (used + count > size) return errors::InvalidArgument("more values than the array's ", size);
+      TF_RETURN_IF_ERROR(use(variable->tensor(), array + used));
+      used += count;
+    }
+  }
+  if (used != size) return errors::InvalidArgument(used, " values, but the array has ", size);
+  return absl::OkStatus();
+}
+
+template <typename T>
+class ReadVariables : public OpKernel {
+ public:
+  explicit ReadVariables(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("size", &size_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    Tensor* flat;
+    OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape({size_}), &flat));
+    OP_REQUIRES_OK(context, ForEachVariable(context, flat->flat<T>().data(), size_, Read));
+  }
+
+ private:
+  static Status Read(Tensor* variable, T* to) {
+    const int64_t count = variable->NumElements();
+    switch (variable->dtype()) {
+      case DT_FLOAT: Convert<float, T>(variable->data(), to, count); break;
+      case DT_DOUBLE: Convert<double, T>(variable->data(), to, count); break;
+      case DT_HALF: Convert<Eigen::half, T>(variable->data(), to, count); break;
+      case DT_BFLOAT16: Convert<bfloat16, T>(variable->data(), to, count); break;
+      default: return errors::InvalidArgument("dtype ", DataTypeString(variable->dtype()));
+    }
+    return absl::OkStatus();
+  }
+
+  int64_t size_;
+};
+
+template <typename T>
+class WriteVariables : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& flat = context->input(context->num_inputs() - 1);
+    const auto write = [context](Tensor* variable, const T* from) {
+      const int64_t count = variable->NumElements();
+      if (!variable->RefCountIsOne()) {  // somebody holds the old value, which must not change under them
+        Tensor fresh;
+        TF_RETURN_IF_ERROR(context->allocate_temp(variable->dtype(), variable->shape(), &fresh));
+        *variable = fresh;
+      }
+      switch (variable->dtype()) {
+        case DT_FLOAT: Convert<T, float>(from, variable->data(), count); break;
+        case DT_DOUBLE: Convert<T, double>(from, variable->data(), count); break;
+        case DT_HALF: Convert<T, Eigen::half>(from, variable->data(), count); break;
+        case DT_BFLOAT16: Convert<T, bfloat16>(from, variable->data(), count); break;
+        default: return Status(errors::InvalidArgument("dtype ", DataTypeString(variable->dtype())));
+      }
+      return Status(absl::OkStatus());
+    };
+    OP_REQUIRES_OK(context, ForEachVariable(context, flat.flat<T>().data(), flat.NumElements(), write));
+  }
+};
+
+#define REGISTER(T)                                                                                                   \
+  REGISTER_KERNEL_BUILDER(Name("HvdLocalsgdReadVariables").Device(DEVICE_CPU).TypeConstraint<T>("T"), ReadVariables<T>); \
+  REGISTER_KERNEL_BUILDER(Name("HvdLocalsgdWriteVariables").Device(DEVICE_CPU).TypeConstraint<T>("T"), WriteVariables<T>)
+REGISTER(float);
+REGISTER(double);
+
+}  // namespace hvd_localsgd
