@@ -3,17 +3,21 @@
 python benchmarks/step_overhead.py --json runs/step_overhead.json
 
 Rounds are longer than the run, so that nothing is synchronised; by default one rank, so that nothing but our own code is measured.
-The fits run at the same time, each in its thread, but take turns: a step of one, a step of the next. Whatever slows the
-machine down for a moment is the same for all; a second plain fit shows what remains. Reported is the median over steps of the
-difference to the plain step of the same turn.
+The fits run at the same time, each in its thread, but take turns: a step of each, in an order that is drawn anew for every
+round of turns. Whatever slows the machine down for a moment is the same for all, and what ran just before a step is any of
+the others; a second plain fit shows what remains. All is done with several models made anew, because where one lies in memory
+matters by tens of microseconds: for each the median over rounds of the difference to the plain step; of these the median, the
+smallest and the largest.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import report
@@ -23,11 +27,30 @@ _WARM_UP = 20  # steps: the first is traced
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
     """Rows for each width: plain, callback, optimizer."""
-    return [row for width in arguments.widths for row in measure_width(width, arguments.repeats)]
+    import numpy as np
+
+    rows = []
+    for width in arguments.widths:
+        measured = [measure_steps(width, arguments.repeats) for _ in range(arguments.models)]
+        for way in measured[0]:
+            step = np.median([seconds[way] for seconds in measured])
+            added = [np.median(seconds[way] - seconds["plain"]) for seconds in measured]
+            rows.append(
+                {
+                    "width": width,
+                    "way": way,
+                    "step_s": float(step),
+                    "added us": 1e6 * float(np.median(added)),
+                    "least us": 1e6 * float(min(added)),
+                    "most us": 1e6 * float(max(added)),
+                    "added %": 100 * float(np.median(added) / step),
+                }
+            )
+    return rows
 
 
-def measure_width(width: int, steps: int) -> report.Rows:
-    """Seconds of a step, each way, for a dense model of this width."""
+def measure_steps(width: int, steps: int) -> dict[str, Any]:
+    """Seconds of every step, each way, for a dense model of this width."""
     import keras
     import numpy as np
     import tensorflow as tf
@@ -51,6 +74,7 @@ def measure_width(width: int, steps: int) -> report.Rows:
     }
 
     turns = [threading.Semaphore(0) for _ in ways]
+    order = draw_turns(len(ways))
 
     class Turns(keras.callbacks.Callback):
         """The last callback: times a step, and lets the next fit have its own."""
@@ -64,7 +88,7 @@ def measure_width(width: int, steps: int) -> report.Rows:
 
         def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
             self.seconds.append(time.perf_counter() - self.began)
-            turns[(self.place + 1) % len(turns)].release()
+            turns[next(order)].release()
             self.wait()
 
         def wait(self) -> None:
@@ -83,28 +107,22 @@ def measure_width(width: int, steps: int) -> report.Rows:
         threading.Thread(target=fit_in_turns, args=(built, [*callbacks, clock]))
         for (built, callbacks), clock in zip(ways.values(), clocks, strict=True)
     ]
-    turns[0].release()
+    turns[next(order)].release()
     for fit in fits:
         fit.start()
     for fit in fits:
         fit.join()
-    seconds = np.array([clock.seconds[_WARM_UP:] for clock in clocks])
-    plain = seconds[0]
-    rows = []
-    for way, values in zip(ways, seconds, strict=True):
-        added = values - plain
-        rows.append(
-            {
-                "width": width,
-                "way": way,
-                "step_s": float(np.median(values)),
-                "added us": 1e6 * float(np.median(added)),
-                "added %": 100 * float(np.median(added) / np.median(plain)),
-                # 95 % of a median, from the quartiles
-                "± %": 100 * float(1.57 * np.ptp(np.percentile(added, [25, 75])) / np.sqrt(steps) / np.median(plain)),
-            }
-        )
-    return rows
+    return {way: np.array(clock.seconds[_WARM_UP:]) for way, clock in zip(ways, clocks, strict=True)}
+
+
+def draw_turns(fits: int) -> Iterator[int]:
+    """Everyone once in any order, and again, for ever; nobody twice in a row."""
+    last, chance = -1, random.Random(0)
+    while True:
+        order = chance.sample(range(fits), fits)
+        if order[0] != last:
+            yield from order
+            last = order[-1]
 
 
 def draw(figure: Any, rows: report.Rows) -> None:
@@ -116,10 +134,11 @@ def draw(figure: Any, rows: report.Rows) -> None:
 
 def main() -> int:
     """Measure, print, write; the exit status."""
-    parser = report.parser(__doc__, repeats=3000)
+    parser = report.parser(__doc__, repeats=1500)
     parser.set_defaults(ranks=[1])
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256], help="of a dense model, batch 32")
-    columns = ("width", "way", "step_s", "added us", "added %", "± %")
+    parser.add_argument("--models", type=int, default=7, help="how often all is done, each time with new models")
+    columns = ("width", "way", "step_s", "added us", "least us", "most us", "added %")
     return report.run(parser.parse_args(), measure, "A step without a sync", columns, draw)
 
 

@@ -43,14 +43,27 @@ void Convert(const void* from, void* to, int64_t count) {
   if constexpr (std::is_same_v<From, To>) {
     std::memcpy(to, from, count * sizeof(To));
   } else {
-    std::transform(static_cast<const From*>(from), static_cast<const From*>(from) + count, static_cast<To*>(to),
-                   [](From value) { return static_cast<To>(value); });
+    const From* values = static_cast<const From*>(from);
+    std::transform(values, values + count, static_cast<To*>(to), [](From value) { return static_cast<To>(value); });
   }
 }
 
-// Calls use(variable, where its values are in the array) for each variable behind the handles, which fill the array exactly.
+// Calls use(a value of this dtype).
+template <typename Use>
+absl::Status WithType(DataType dtype, Use use) {
+  switch (dtype) {
+    case DT_FLOAT: use(float()); break;
+    case DT_DOUBLE: use(double()); break;
+    case DT_HALF: use(Eigen::half()); break;
+    case DT_BFLOAT16: use(bfloat16()); break;
+    default: return errors::InvalidArgument("dtype ", DataTypeString(dtype));
+  }
+  return absl::OkStatus();
+}
+
+// Calls use(variable, where its values are in the array) for each variable behind the handles; they fill the array exactly.
 template <typename T, typename Use>
-Status ForEachVariable(OpKernelContext* context, T* array, int64_t size, Use use) {
+absl::Status ForEachVariable(OpKernelContext* context, T* array, int64_t size, Use use) {
   OpInputList tensors;
   TF_RETURN_IF_ERROR(context->input_list("handles", &tensors));
   int64_t used = 0;
@@ -81,22 +94,15 @@ class ReadVariables : public OpKernel {
   void Compute(OpKernelContext* context) override {
     Tensor* flat;
     OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape({size_}), &flat));
-    OP_REQUIRES_OK(context, ForEachVariable(context, flat->flat<T>().data(), size_, Read));
+    const auto read = [](Tensor* variable, T* to) {
+      return WithType(variable->dtype(), [&](auto value) {
+        Convert<decltype(value), T>(variable->data(), to, variable->NumElements());
+      });
+    };
+    OP_REQUIRES_OK(context, ForEachVariable(context, flat->flat<T>().data(), size_, read));
   }
 
  private:
-  static Status Read(Tensor* variable, T* to) {
-    const int64_t count = variable->NumElements();
-    switch (variable->dtype()) {
-      case DT_FLOAT: Convert<float, T>(variable->data(), to, count); break;
-      case DT_DOUBLE: Convert<double, T>(variable->data(), to, count); break;
-      case DT_HALF: Convert<Eigen::half, T>(variable->data(), to, count); break;
-      case DT_BFLOAT16: Convert<bfloat16, T>(variable->data(), to, count); break;
-      default: return errors::InvalidArgument("dtype ", DataTypeString(variable->dtype()));
-    }
-    return absl::OkStatus();
-  }
-
   int64_t size_;
 };
 
@@ -108,20 +114,14 @@ class WriteVariables : public OpKernel {
   void Compute(OpKernelContext* context) override {
     const Tensor& flat = context->input(context->num_inputs() - 1);
     const auto write = [context](Tensor* variable, const T* from) {
-      const int64_t count = variable->NumElements();
       if (!variable->RefCountIsOne()) {  // somebody holds the old value, which must not change under them
         Tensor fresh;
         TF_RETURN_IF_ERROR(context->allocate_temp(variable->dtype(), variable->shape(), &fresh));
         *variable = fresh;
       }
-      switch (variable->dtype()) {
-        case DT_FLOAT: Convert<T, float>(from, variable->data(), count); break;
-        case DT_DOUBLE: Convert<T, double>(from, variable->data(), count); break;
-        case DT_HALF: Convert<T, Eigen::half>(from, variable->data(), count); break;
-        case DT_BFLOAT16: Convert<T, bfloat16>(from, variable->data(), count); break;
-        default: return Status(errors::InvalidArgument("dtype ", DataTypeString(variable->dtype())));
-      }
-      return Status(absl::OkStatus());
+      return WithType(variable->dtype(), [&](auto value) {
+        Convert<T, decltype(value)>(from, variable->data(), variable->NumElements());
+      });
     };
     OP_REQUIRES_OK(context, ForEachVariable(context, flat.flat<T>().data(), flat.NumElements(), write));
   }

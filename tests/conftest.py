@@ -6,11 +6,26 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 
 import pytest
+import tensorflow as tf
 from hypothesis import settings
+from tensorflow.python.data.ops import dataset_ops
 
 # All ranks must draw the same examples, and a slow machine is no failure.
 settings.register_profile("ranks", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("ranks")
+
+
+# tf.data's tuning thread sleeps ever longer, up to a minute, and whoever frees an iterator waits for it to wake up.
+_iterate = dataset_ops.DatasetV2._apply_debug_options
+
+
+def _iterate_untuned(dataset):
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return _iterate(dataset.with_options(options))
+
+
+dataset_ops.DatasetV2._apply_debug_options = _iterate_untuned
 
 
 @pytest.fixture(scope="session")

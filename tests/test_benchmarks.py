@@ -32,7 +32,7 @@ def test_sync_cost(tmp_path):
 
 
 def test_step_overhead(tmp_path):
-    rows = run(tmp_path, "step_overhead.py", "--widths", 8, "--repeats", 20)
+    rows = run(tmp_path, "step_overhead.py", "--widths", 8, "--repeats", 20, "--models", 2)
     assert [row["way"] for row in rows] == ["plain", "callback", "plain again", "optimizer"]
     assert all(row["step_s"] > 0 for row in rows)
 
