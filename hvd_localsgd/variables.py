@@ -77,17 +77,20 @@ def broadcast(variables: Sequence[Any], communicator: Communicator) -> bool:
     changed = False
     for variable in variables:
         parts = components(variable)
-        value = np.array(parts[0].numpy())
-        differs = False
-        for start in range(0, value.size, _PIECE):
-            piece = value.reshape(-1)[start : start + _PIECE]
-            before = piece.tobytes()
-            communicator.broadcast(piece)
-            differs |= piece.tobytes() != before
-        if differs:
+        own = np.asarray(parts[0].read_value()._numpy()).reshape(-1)  # on a CPU its memory, to be read only
+        value = None
+        for start in range(0, own.size, _PIECE):
+            stretch = slice(start, start + _PIECE)
+            received = own[stretch].copy()
+            communicator.broadcast(received)
+            if received.tobytes() != own[stretch].tobytes():
+                value = own.copy() if value is None else value
+                value[stretch] = received
+        del own
+        if value is not None:
             changed = True
             for part in parts:
-                part.assign(value)
+                part.assign(value.reshape(part.shape))
     return changed
 
 

@@ -18,12 +18,12 @@ from hvd_localsgd.communicators import Communicator, CommunicatorError, SharedVe
 
 _SPIN_SECONDS = 2e-3
 _LONGEST_PAUSE = 1e-3
-_SMALLEST_PROBE, _LARGEST_PROBE = 16 << 20, 48 << 20  # more than caches hold, or one call looks as good as chunks
+_SMALLEST_PROBE, _LARGEST_PROBE = 16 << 20, 40 << 20  # more than caches hold, or one call looks as good as chunks
 _SLOW_SECONDS = 0.1  # for the smallest probe: a network, whose noise is small beside this
 _ENOUGH_SECONDS = 1.0
 _ANSWER_SECONDS = 5e-4
 _LARGE_CHUNK = 32 << 20
-_IN_SHARED_MEMORY = ((1 << 20, False), (2 << 20, False))  # chunk bytes, ring
+_IN_SHARED_MEMORY = ((2 << 20, False), (1 << 20, False))  # chunk bytes, ring
 _CANDIDATES = (*_IN_SHARED_MEMORY, (_LARGE_CHUNK, False), (_LARGE_CHUNK, True))
 
 
@@ -117,7 +117,7 @@ class MPICommunicator(Communicator):
             self._comm.Sendrecv(mine, right, recvbuf=theirs, source=left)
 
     def tune(self, payload: int) -> None:
-        """Time small chunks and, between hosts, large ones and the ring, on a probe of up to 48 MiB; keep the fastest.
+        """Time small chunks and, between hosts, large ones and the ring, on a probe of up to 40 MiB; keep the fastest.
 
         In shared memory, chunks that stay in cache halve the time; on Ethernet each costs a round trip. The
         environment variable HVD_LOCALSGD_CHUNK_MB sets the chunk size instead. Models below 16 MiB are not worth it.
@@ -138,7 +138,7 @@ class MPICommunicator(Communicator):
                 # In turn, so that what disturbs the machine for a moment disturbs all alike.
                 rounds.append([self._time(few if slow else probe, *candidate) for candidate in candidates])
             best = np.min(rounds, axis=0)
-            # Small chunks unless something is clearly faster: they take less memory, and are scaled while in cache.
+            # The first unless something is clearly faster: small chunks take less memory, and are scaled while in cache.
             self.chunk_bytes, self._ring = candidates[int(np.argmax(best < 1.1 * best.min()))]
 
     def _time(self, probe: np.ndarray, chunk_bytes: int, ring: bool) -> float:
