@@ -1,7 +1,7 @@
 """Build the kernel for small variables for this environment's TensorFlow, once: ``python -m hvd_localsgd.build_kernel``.
 
 Optional: without it TensorFlow reads and assigns every small variable by an operation of its own, which matters for models
-that have thousands of them (docs/performance.md). It needs a C++ compiler and a quarter of a minute, and is kept outside the
+that have thousands of them (docs/performance.md). It needs a C++ compiler and about 20 seconds, and is kept outside the
 tree (``$XDG_CACHE_HOME/hvd_localsgd``, by default below ``~/.cache``), where every process that averages finds it.
 """
 
@@ -54,6 +54,7 @@ def build() -> Path:
 
     Raises:
         CommunicatorError: there is no compiler, or it fails.
+        OSError: the compiler that ``CXX`` names cannot be started, or the cache cannot be written.
     """
     library = path()
     if library.exists():
@@ -78,7 +79,7 @@ def main() -> int:
         print(f"building a kernel for TensorFlow {tf.__version__} ...", flush=True)
         library = build()
         if (kernel := load()) is None:
-            raise CommunicatorError(f"{library} was built, but cannot be loaded.")
+            raise CommunicatorError(f"{library} cannot be loaded. Remove it, and build it again.")
         variables = [tf.Variable([1.0, 2.0]), tf.Variable([[3.0]], dtype=tf.float16)]
         handles = [tf.stack([v.handle for v in variables])]
         kernel.hvd_localsgd_write_variables(handles=handles, flat=tf.constant([4.0, 5.0, 6.0]))
@@ -86,7 +87,7 @@ def main() -> int:
         if flat.numpy().tolist() != [4.0, 5.0, 6.0]:
             raise CommunicatorError(f"{library} was built, but does not work: {flat}")
         print(f"the kernel works: {library}")
-    except CommunicatorError as error:
+    except (CommunicatorError, OSError) as error:
         print(f"hvd_localsgd: {error}", file=sys.stderr)
         return 1
     return 0
