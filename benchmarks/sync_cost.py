@@ -59,7 +59,9 @@ def measure_model(name: str, repeats: int) -> dict[str, Any]:
     before = _peak_memory()
     settings = averaging.Settings(schedules.Constant(1))
     engine = averaging.LocalSGD(communicator, own, variables.State(), settings, timing.Timings())
+    began = time.perf_counter()
     engine.begin(own)
+    begin = time.perf_counter() - began
 
     def sync() -> None:
         engine.local_steps(1)
@@ -107,6 +109,7 @@ def measure_model(name: str, repeats: int) -> dict[str, Any]:
         "variables": len(own),
         "bytes": flat.nbytes,
         "sync_s": median["sync"],
+        "begin_s": begin,
         "first_sync_s": first,
         "next_step_extra_s": extra,
         "raw_allreduce_s": median["raw"],

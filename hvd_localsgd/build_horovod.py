@@ -59,9 +59,7 @@ def build(gloo: bool = False, gpu: bool = False) -> Path:
     )
     folder = cache() / f"horovod-{VERSION}-tf{tensorflow}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (wheels := sorted(folder.glob("*.whl"))):
-        compiler = shutil.which("g++") or shutil.which("c++")
-        if compiler is None:
-            raise CommunicatorError("Horovod needs a C++ compiler: apt-get install g++, or load a compiler module.")
+        compiler = find_compiler("Horovod")
         _pip("install", "setuptools", "wheel", "packaging", *([] if shutil.which("cmake") else ["cmake<4"]))
         with tempfile.TemporaryDirectory() as temporary:
             wrapper = Path(temporary) / "cxx"
@@ -92,6 +90,18 @@ def build(gloo: bool = False, gpu: bool = False) -> Path:
 def cache() -> Path:
     """The folder for what is built, outside the tree."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvd_localsgd"
+
+
+def find_compiler(user: str) -> str:
+    """The C++ compiler that ``user`` needs.
+
+    Raises:
+        CommunicatorError: there is none.
+    """
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise CommunicatorError(f"{user} needs a C++ compiler: apt-get install g++, or load a compiler module.")
+    return compiler
 
 
 def install_and_check(wheel: Path, gloo: bool = False) -> None:

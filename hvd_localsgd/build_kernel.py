@@ -11,7 +11,6 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvd_localsgd.build_horovod import cache
+from hvd_localsgd.build_horovod import cache, find_compiler
 from hvd_localsgd.communicators import CommunicatorError
 
 SOURCE = Path(__file__).with_name("small_variables.cc")
@@ -38,10 +37,11 @@ def path() -> Path:
 @functools.cache
 def load() -> Any:
     """The module of the kernel's operations, or None if it has not been built, or not for a machine like this."""
-    if not path().exists():
+    library = path()
+    if not library.exists():
         return None
     try:
-        return tf.load_op_library(str(path()))
+        return tf.load_op_library(str(library))
     except (tf.errors.OpError, OSError) as error:
         warnings.warn(
             f"going on without the kernel for small variables; build it on this machine: {error}", stacklevel=2
@@ -59,9 +59,7 @@ def build() -> Path:
     library = path()
     if library.exists():
         return library
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise CommunicatorError("The kernel needs a C++ compiler: apt-get install g++, or load a compiler module.")
+    compiler = os.environ.get("CXX") or find_compiler("The kernel")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
         output = Path(temporary) / library.name

@@ -272,13 +272,16 @@ class VariableSet:
 
     def _put_back(self, flats: Sequence[tf.Tensor], small: Sequence[Sequence[tf.Tensor]]) -> None:
         for block, flat, handles in zip(self._small, flats, small, strict=True):
-            if self._kernel:
-                self._kernel.hvd_localsgd_write_variables(handles=handles, flat=flat)
-                continue
-            pieces = tf.split(flat, [self.sizes[i] for i in block.members])
-            for i, handle, piece in zip(block.members, handles, pieces, strict=True):
-                value = piece if len(self._shape(i)) == 1 else tf.reshape(piece, self._shape(i))
-                tf.raw_ops.AssignVariableOp(resource=handle, value=tf.cast(value, self._dtype(i)))
+            self._write_small(block, flat, handles)
+
+    def _write_small(self, block: Block, flat: tf.Tensor, handles: Sequence[tf.Tensor]) -> None:
+        if self._kernel:
+            self._kernel.hvd_localsgd_write_variables(handles=handles, flat=flat)
+            return
+        pieces = tf.split(flat, [self.sizes[i] for i in block.members])
+        for i, handle, piece in zip(block.members, handles, pieces, strict=True):
+            value = piece if len(self._shape(i)) == 1 else tf.reshape(piece, self._shape(i))
+            tf.raw_ops.AssignVariableOp(resource=handle, value=tf.cast(value, self._dtype(i)))
 
     @contextmanager
     def open(self, exposed: Sequence[tf.Tensor] | None = None) -> Iterator[list[list[np.ndarray]]]:

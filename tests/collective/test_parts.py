@@ -184,6 +184,30 @@ def test_the_kernel_refuses_what_does_not_fit():
     assert [v.numpy().tolist() for v in own] == [[4.0, 5.0], [[6.0]]]
 
 
+@pytest.mark.skipif(build_kernel.load() is None, reason="not built: python -m hvd_localsgd.build_kernel")
+def test_the_kernel_spares_an_operation_for_each_variable():
+    own = [tf.Variable([float(i)]) for i in range(variables.MANY + 1)]
+    small = variables.VariableSet(own)
+    assert len(small._expose_compiled.graph.get_operations()) < 20
+    with small.open() as arrays:
+        np.testing.assert_array_equal(arrays[0][0], np.arange(len(own)))
+
+
+def test_the_start_is_rank_0s_stretch_by_stretch(communicator, monkeypatch):
+    monkeypatch.setattr(variables, "_PIECE", 4)
+    rank = communicator.rank
+    arrays = [np.arange(10.0) + 5 * rank * (np.arange(10) == 9), np.full((3, 3), rank), np.array(7.0 + rank)]
+    own = [
+        tf.Variable(array, dtype=dtype) for array, dtype in zip(arrays, ["float32", "int64", "bfloat16"], strict=True)
+    ]
+    held = own[0].read_value()
+    assert variables.broadcast(own, communicator) == (rank > 0)
+    for variable, expected in zip(own, [np.arange(10), np.zeros((3, 3)), 7], strict=True):
+        np.testing.assert_array_equal(np.array(variable.numpy(), "float64"), expected)
+    np.testing.assert_array_equal(held.numpy(), arrays[0])
+    assert not variables.broadcast(own, communicator)
+
+
 @pytest.mark.parametrize("difference", ["shape", "dtype", "count", "name", "settings"])
 def test_different_models_are_an_error_on_every_rank(communicator, difference):
     odd = communicator.rank == communicator.size - 1 and communicator.size > 1
