@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from hvd_localsgd import launch, timing
+from hvd_localsgd.core import timing
+from hvd_localsgd.tools import launch
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "keras_fit.py"
 COLORS = {"compute": "#4878a8", "input": "#9fb8d0", "wait": "#d8d8d8", "communicate": "#d1603d"}
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--sync-every", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     arguments = parser.parse_args()
+    shutil.rmtree(arguments.output, ignore_errors=True)  # timings of another run would be appended to
     runs = []
     for sync_every in arguments.sync_every:
         print(f"\n=== Local SGD on {arguments.ranks} ranks, H = {sync_every} ===", flush=True)

@@ -55,7 +55,7 @@ def try_row(row: str, folder: Path) -> dict[str, Any]:
         text=True,
     ).stdout.strip()
     gloo = ["--gloo"] if mpi == "gloo" else []
-    if not run("build", [str(binaries / "python"), "-m", "hvd_localsgd.build_horovod", *gloo]):
+    if not run("build", [str(binaries / "python"), "-m", "hvd_localsgd.tools.build_horovod", *gloo]):
         return result
     accurate = r"test accuracy (0\.9|1\.0)"
     chosen = {"HVD_LOCALSGD_COMMUNICATOR": "horovod"}

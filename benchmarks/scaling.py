@@ -42,15 +42,16 @@ def slowest_of(ranks: int, steps: int, mean: float, spread: float) -> float:
 def measure(arguments: argparse.Namespace) -> report.Rows:
     """Rows of three kinds: fit, validation, prediction."""
     from hvd_localsgd import devices
+    from hvd_localsgd.core import reducers
 
-    communicator: Any = devices.get("mpi")
-    communicator.tune(arguments.bytes)
-    ring = communicator._ring
+    communicator = devices.get("mpi")
+    fastest = reducers.fastest(communicator, arguments.bytes)
+    ring = isinstance(fastest, reducers.Ring)
     mean, spread = step_times(arguments)
     rows: report.Rows = []
     for ranks in range(2, min(arguments.fit_ranks, communicator.size) + 1):
         for size in (int(share * arguments.bytes) // 4 for share in _SHARES):
-            seconds = time_syncs(communicator, ranks, size, arguments.repeats)
+            seconds = time_syncs(communicator, fastest, ranks, size, arguments.repeats)
             rows.append({"kind": "fit", "ranks": ranks, "bytes": 4 * size, "measured_s": seconds})
     matrix = np.array([regressors(row["ranks"], row["bytes"], ring) for row in rows])
     target = np.array([row["measured_s"] for row in rows])
@@ -64,7 +65,7 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
     if communicator.size > arguments.fit_ranks:
         for interval in (1, 4, 16):
             row = {"kind": "validation", "ranks": communicator.size, "H": interval, "bytes": arguments.bytes}
-            row["measured_s"] = time_rounds(communicator, interval, mean, spread, arguments)
+            row["measured_s"] = time_rounds(interval, mean, spread, arguments)
             row["predicted_s"] = slowest_of(communicator.size, interval, mean, spread) + sync(
                 communicator.size, arguments.bytes
             )
@@ -113,55 +114,48 @@ def step_times(arguments: argparse.Namespace) -> tuple[float, float]:
     return float(everyone.mean()), float(everyone.std() / everyone.mean())
 
 
-def time_syncs(communicator: Any, ranks: int, size: int, repeats: int) -> float:
+def time_syncs(communicator: Any, fastest: Any, ranks: int, size: int, repeats: int) -> float:
     """Median seconds of a sync of the first ``ranks`` ranks; the others wait."""
     from mpi4py import MPI
 
     part = communicator.subgroup([range(ranks), range(ranks, communicator.size)])
-    part.chunk_bytes, part._ring, part._tuned = communicator.chunk_bytes, communicator._ring, True
     times = []
     if communicator.rank < ranks:
-        engine = make_engine(part, size)
-        for turn in range(repeats + 2):
-            part._comm.Barrier()
-            began = time.perf_counter()
-            engine.local_steps(1)
-            engine.synchronise()
-            if turn >= 2:
-                times.append(part._comm.allreduce(time.perf_counter() - began, MPI.MAX))
-        engine.finish()
+        with make_averager(size, part, lambda own: type(fastest)(own, fastest.chunk_bytes)) as averager:
+            for turn in range(repeats + 2):
+                part.allreduce(np.zeros(1))  # a barrier
+                began = time.perf_counter()
+                averager.step()
+                slowest = part.exchange(np.array(time.perf_counter() - began)).max()
+                if turn >= 2:
+                    times.append(float(slowest))
     communicator.exchange(np.zeros((), np.uint8))  # waits without burning the cores that emulated hosts share
     return float(np.median(MPI.COMM_WORLD.bcast(times)))
 
 
-def time_rounds(communicator: Any, interval: int, mean: float, spread: float, arguments: argparse.Namespace) -> float:
+def time_rounds(interval: int, mean: float, spread: float, arguments: argparse.Namespace) -> float:
     """Mean seconds of a round on all ranks, whose steps are pauses."""
-    engine = make_engine(communicator, arguments.bytes // 4)
-    random = np.random.default_rng(communicator.rank)
+    import hvd_localsgd as lsgd
+
+    random = np.random.default_rng(lsgd.rank())
     rounds = max(4, arguments.repeats)
-    for turn in range(rounds + 1):
-        if turn == 1:
-            report.slowest(0.0)
-            began = time.perf_counter()
-        time.sleep(max(0.0, float(random.normal(mean, spread * mean, interval).sum())))
-        engine.local_steps(interval)
-        engine.synchronise()
-    seconds = report.slowest(time.perf_counter() - began) / rounds
-    engine.finish()
-    return seconds
+    with make_averager(arguments.bytes // 4) as averager:
+        for turn in range(rounds + 1):
+            if turn == 1:
+                report.slowest(0.0)
+                began = time.perf_counter()
+            time.sleep(max(0.0, float(random.normal(mean, spread * mean, interval).sum())))
+            averager.step(interval)
+        return report.slowest(time.perf_counter() - began) / rounds
 
 
-def make_engine(communicator: Any, size: int) -> Any:
-    """An engine with one variable of ``size`` float32."""
+def make_averager(size: int, communicator: Any = None, reducer: Any = None) -> Any:
+    """Averages one variable of ``size`` float32 at each call of ``step``."""
     import tensorflow as tf
 
-    from hvd_localsgd import averaging, schedules, timing, variables
+    import hvd_localsgd as lsgd
 
-    own = [tf.Variable(tf.zeros(size))]
-    settings = averaging.Settings(schedules.Constant(1))
-    engine = averaging.LocalSGD(communicator, own, variables.State(), settings, timing.Timings())
-    engine.begin(own)
-    return engine
+    return lsgd.ModelAverager([tf.Variable(tf.zeros(size))], 1, communicator=communicator, reducer=reducer)
 
 
 def draw(figure: Any, rows: report.Rows) -> None:

@@ -23,11 +23,11 @@ _CHUNKS = (512, 1024, 2048, 4096)  # KiB
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
     """A row per model; with ``--gbit`` beside what the line rate allows."""
-    from hvd_localsgd import build_kernel
+    from hvd_localsgd.backends.tensorflow import kernel
 
     if arguments.without_kernel:
-        build_kernel.load = lambda: None  # type: ignore[assignment]
-    rows = [measure_model(name, arguments.repeats) for name in arguments.models]
+        kernel.load = lambda: None  # type: ignore[assignment]
+    rows = [measure_model(name, arguments.repeats, arguments.memory == "tensors") for name in arguments.models]
     if arguments.gbit:
         for row in rows:
             # A ring's bytes on every link, in full packets: 1448 of 1538 bytes are ours, the others headers and gaps.
@@ -36,13 +36,16 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
     return rows
 
 
-def measure_model(name: str, repeats: int) -> dict[str, Any]:
+def measure_model(name: str, repeats: int, tensors: bool = False) -> dict[str, Any]:
     """One model on this job's ranks; medians over repeats, of the slowest rank, all ways in turn."""
     import numpy as np
     import tensorflow as tf
     from mpi4py import MPI
 
-    from hvd_localsgd import averaging, devices, schedules, timing, variables
+    import hvd_localsgd as lsgd
+    from hvd_localsgd import devices
+    from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
+    from hvd_localsgd.core import reducers, timing
 
     communicator = devices.get()
     world = MPI.COMM_WORLD
@@ -57,22 +60,18 @@ def measure_model(name: str, repeats: int) -> dict[str, Any]:
 
     step()
     before = _peak_memory()
-    settings = averaging.Settings(schedules.Constant(1))
-    engine = averaging.LocalSGD(communicator, own, variables.State(), settings, timing.Timings())
     began = time.perf_counter()
-    engine.begin(own)
+    memory = TensorFlowMemory(own, tensors=tensors)
+    memory.prepare(own, lambda: None)
+    averager = lsgd.ModelAverager(memory, sync_every=1)
+    averager.begin()
     begin = time.perf_counter() - began
-
-    def sync() -> None:
-        engine.local_steps(1)
-        engine.synchronise()
-
     began = time.perf_counter()
-    sync()
+    averager.step()
     first = time.perf_counter() - began
     more_memory = _peak_memory() - before
 
-    flat = np.ones(engine.variables.elements, np.float32)
+    flat = np.ones(sum(v.shape.num_elements() for v in own), np.float32)
 
     def raw() -> None:
         world.Allreduce(MPI.IN_PLACE, flat)
@@ -86,7 +85,7 @@ def measure_model(name: str, repeats: int) -> dict[str, Any]:
 
     ways: dict[str, Callable[[], object]] = {"raw": raw}
     ways |= {f"chunk {kb} KiB": chunked(kb << 8) for kb in _CHUNKS}
-    ways |= {"step": step, "sync": sync, "next step": step}
+    ways |= {"step": step, "sync": averager.step, "next step": step}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(repeats + 2):
         for way, run in ways.items():
@@ -99,9 +98,10 @@ def measure_model(name: str, repeats: int) -> dict[str, Any]:
     median = {way: float(np.median(values)) for way, values in seconds.items()}
     best = min(value for way, value in median.items() if way.startswith("chunk"))
     extra = median["next step"] - median["step"]
-    parts = {p: float(np.median([getattr(r, p) for r in engine.timings.rounds[3:]])) for p in timing.PARTS}
+    parts = {p: float(np.median([getattr(r, p) for r in averager.timings[3:]])) for p in timing.PARTS}
     parts.pop("wait")  # since the sync before: the other ways' turns
-    engine.finish()
+    averager.finish()
+    reducer = reducers.fastest(communicator, flat.nbytes)  # as measured when training began
     return {
         "model": name,
         "ranks": communicator.size,
@@ -116,9 +116,10 @@ def measure_model(name: str, repeats: int) -> dict[str, Any]:
         "chunked_allreduce_s": best,
         "ratio_raw": (median["sync"] + extra) / median["raw"],
         "ratio_chunked": (median["sync"] + extra) / best,
-        "chunk_bytes": communicator.chunk_bytes,
-        "ring": getattr(communicator, "_ring", False),
-        "kernel": engine.variables._kernel is not None,
+        "chunk_bytes": reducer.chunk_bytes,
+        "ring": isinstance(reducer, reducers.Ring),
+        "kernel": memory.uses_kernel,
+        "memory": "tensors" if tensors else "in place",
         "extra_memory_bytes": more_memory,
         "parts_s": parts,
     }
@@ -138,6 +139,10 @@ def main() -> int:
     """Measure, print, write; the exit status."""
     parser = report.parser(__doc__, repeats=15)
     parser.add_argument("--models", nargs="+", choices=sorted(shapes.MODELS), default=sorted(shapes.MODELS))
+    parser.add_argument(
+        "--memory", choices=("in place", "tensors"), default="in place",
+        help="tensors: by way of one flat tensor, as variables on a GPU are",
+    )  # fmt: skip
     parser.add_argument("--without-kernel", action="store_true", help="as if build_kernel had not been run")
     parser.add_argument("--gbit", type=float, help="the network's Gbit/s, with one rank per host: what would it allow?")
     arguments = parser.parse_args()

@@ -40,7 +40,8 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
     import tensorflow as tf
 
     import hvd_localsgd as lsgd
-    from hvd_localsgd import devices, timing
+    from hvd_localsgd import devices
+    from hvd_localsgd.core import timing
 
     communicator = devices.get("mpi")
     random = np.random.default_rng(communicator.rank)

@@ -24,7 +24,7 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
     from mpi4py import MPI
 
     import hvd_localsgd as lsgd
-    from hvd_localsgd import timing
+    from hvd_localsgd.core import timing
 
     lsgd.init()
     world = MPI.COMM_WORLD

@@ -12,44 +12,52 @@ from typing import TYPE_CHECKING, Any
 from hvd_localsgd.version import __version__
 
 if TYPE_CHECKING:
-    from hvd_localsgd.callback import LocalSGDCallback
-    from hvd_localsgd.data import shard
+    from hvd_localsgd.averager import ModelAverager
+    from hvd_localsgd.core.theory import convex_interval, nonconvex_interval, speed_up
     from hvd_localsgd.devices import init, local_rank, local_size, rank, size
-    from hvd_localsgd.header import RankFailed
-    from hvd_localsgd.iterates import IterateAverage
-    from hvd_localsgd.optimizer import LocalSGDOptimizer
-    from hvd_localsgd.schedules import Constant, Growing, OneShot, Schedule, SyncSteps
-    from hvd_localsgd.theory import InverseTimeDecay, convex_interval, nonconvex_interval, speed_up
+    from hvd_localsgd.errors import CommunicatorError, LocalSGDError, RankFailed
+    from hvd_localsgd.frontends.callback import LocalSGDCallback
+    from hvd_localsgd.frontends.data import shard
+    from hvd_localsgd.frontends.iterates import IterateAverage
+    from hvd_localsgd.frontends.optimizer import LocalSGDOptimizer
+    from hvd_localsgd.frontends.rates import InverseTimeDecay
+    from hvd_localsgd.frontends.schedules import Constant, Growing, OneShot, Schedule, SyncSteps
 
 _HOME = {
-    "LocalSGDCallback": "callback",
-    "LocalSGDOptimizer": "optimizer",
-    "shard": "data",
+    "CommunicatorError": "errors",
+    "Constant": "frontends.schedules",
+    "Growing": "frontends.schedules",
+    "InverseTimeDecay": "frontends.rates",
+    "IterateAverage": "frontends.iterates",
+    "LocalSGDCallback": "frontends.callback",
+    "LocalSGDError": "errors",
+    "LocalSGDOptimizer": "frontends.optimizer",
+    "ModelAverager": "averager",
+    "OneShot": "frontends.schedules",
+    "RankFailed": "errors",
+    "Schedule": "frontends.schedules",
+    "SyncSteps": "frontends.schedules",
+    "convex_interval": "core.theory",
     "init": "devices",
-    "rank": "devices",
-    "size": "devices",
     "local_rank": "devices",
     "local_size": "devices",
-    "RankFailed": "header",
-    "Schedule": "schedules",
-    "Constant": "schedules",
-    "OneShot": "schedules",
-    "SyncSteps": "schedules",
-    "Growing": "schedules",
-    "IterateAverage": "iterates",
-    "InverseTimeDecay": "theory",
-    "convex_interval": "theory",
-    "nonconvex_interval": "theory",
-    "speed_up": "theory",
+    "nonconvex_interval": "core.theory",
+    "rank": "devices",
+    "shard": "frontends.data",
+    "size": "devices",
+    "speed_up": "core.theory",
 }
 
 __all__ = [
+    "CommunicatorError",
     "Constant",
     "Growing",
     "InverseTimeDecay",
     "IterateAverage",
     "LocalSGDCallback",
+    "LocalSGDError",
     "LocalSGDOptimizer",
+    "ModelAverager",
     "OneShot",
     "RankFailed",
     "Schedule",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 
-from hvd_localsgd import failures
-from hvd_localsgd.communicators import Communicator, choose
+from hvd_localsgd.communicators import choose
+from hvd_localsgd.communicators.base import Communicator
+from hvd_localsgd.core import failures
 
 _ready: Communicator | None = None
 
@@ -61,7 +62,10 @@ def local_size() -> int:
 
 
 def _take_own_devices(communicator: Communicator) -> None:
-    import tensorflow as tf
+    try:
+        import tensorflow as tf
+    except ModuleNotFoundError:
+        return  # there is more to average than TensorFlow's variables
 
     affinities = _affinities_on_this_host(communicator)
     own = os.sched_getaffinity(0)

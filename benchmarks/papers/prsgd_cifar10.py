@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
     import tensorflow as tf
 
     import hvd_localsgd as lsgd
-    from hvd_localsgd import timing
+    from hvd_localsgd.core import timing
 
     lsgd.init()
     x_train, y_train, x_test, y_test = load(arguments.data)

@@ -279,7 +279,7 @@ def train(problem: Problem, config: Config, steps: int) -> tuple[np.ndarray, flo
 
 def draw(figure: Any, rows: report.Rows, ranks: list[int]) -> None:
     """Speed-up against K, a line per H: in steps and in time (rho = 25), beside the formula S(K)."""
-    from hvd_localsgd.theory import speed_up
+    from hvd_localsgd import speed_up
 
     cases = sorted({(row["batch"], row["epsilon"]) for row in rows})
     panels = figure.subplots(len(cases), 3, squeeze=False)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.communicators import Communicator, CommunicatorError
+from hvd_localsgd.communicators.base import Communicator
+from hvd_localsgd.errors import CommunicatorError
 
 
 class HorovodCommunicator(Communicator):
@@ -39,6 +40,7 @@ class HorovodCommunicator(Communicator):
             ) from error
         self._hvd, self._tf = hvd, tf
         self._set: Any = hvd.global_process_set
+        self._process_sets: dict[tuple[int, ...], Any] = {}  # shared with the sub-groups, which are shallow copies
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self.host = socket.gethostname()
@@ -49,20 +51,22 @@ class HorovodCommunicator(Communicator):
         gathered = _within(timeout, lambda: self._allgather(raw, "header"))
         return gathered.view(row.dtype)
 
-    def tune(self, payload: int) -> None:
-        """Horovod tunes itself."""
+    def allreduce(self, values: Any) -> Any:
+        """Where a tensor is: NCCL takes it from a GPU if Horovod was built with it. Arrays go through a tensor in the
+        host's memory.
+        """
+        if isinstance(values, np.ndarray):
+            with self._tf.device("/CPU:0"):
+                values[:] = self._allreduce(self._tf.constant(values)).numpy()
+            return values
+        total = self._allreduce(values)
+        if "GPU" in total.device:
+            self._tf.test.experimental.sync_devices()  # else the time would be counted to what comes next
+        return total
 
-    def allreduce(self, buffer: np.ndarray) -> None:
-        """Through a tensor in the host's memory."""
-        with self._tf.device("/CPU:0"):
-            buffer[:] = self.allreduce_tensor(self._tf.constant(buffer), 1.0).numpy()
-
-    def allreduce_tensor(self, tensor: Any, weight: float) -> Any:
-        """Sum over ranks where the tensor is: NCCL takes it from a GPU if Horovod was built with it."""
+    def _allreduce(self, tensor: Any) -> Any:
         name = f"hvd_localsgd.allreduce.{tensor.dtype.name}.{tensor.shape}.{self._set.process_set_id}"
-        return self._hvd.allreduce(
-            tensor * self._tf.cast(weight, tensor.dtype), op=self._hvd.Sum, name=name, process_set=self._set
-        )
+        return self._hvd.allreduce(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
 
     def broadcast(self, array: np.ndarray) -> None:
         """Of the raw bytes: Horovod does not know every dtype."""
@@ -80,32 +84,36 @@ class HorovodCommunicator(Communicator):
         ends = np.cumsum(lengths)
         return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
 
-    def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
-        """Horovod's process sets."""
-        mine: HorovodCommunicator | None = None
-        for ranks in map(sorted, groups):
-            everyone = len(ranks) == self._hvd.size()
-            process_set = self._hvd.global_process_set if everyone else self._add(self._hvd.ProcessSet(ranks))
-            if self._hvd.rank() in ranks:
-                mine = object.__new__(HorovodCommunicator)
-                mine.__dict__.update(self.__dict__)
-                mine._set = process_set
-                mine.rank, mine.size = ranks.index(self._hvd.rank()), len(ranks)
+    def restrict(self, groups: Sequence[Sequence[int]]) -> None:
+        """Horovod's process sets, of ranks of the whole job."""
+        own = self._hvd.rank()
+        members = [self._set.ranks[rank] for rank in range(self.size)] if self._set.process_set_id else range(self.size)
+        mine = None
+        for ranks in (sorted(members[rank] for rank in group) for group in groups):
+            process_set = self._process_set(ranks)
+            if own in ranks:
+                mine = process_set, ranks
         if mine is None:
-            raise ValueError(f"rank {self._hvd.rank()} is in none of the groups {[list(g) for g in groups]}")
-        names = [host.decode() for host in mine.gather(mine.host.encode())]
-        mine.local_size = names.count(mine.host)
-        mine.local_rank = names[: mine.rank].count(mine.host)
-        return mine
+            raise ValueError(f"rank {self.rank} is in none of the groups {[list(g) for g in groups]}")
+        self._set, ranks = mine
+        self.rank, self.size = ranks.index(own), len(ranks)
+        names = [host.decode() for host in self.gather(self.host.encode())]
+        self.local_size = names.count(self.host)
+        self.local_rank = names[: self.rank].count(self.host)
 
-    def _add(self, process_set: Any) -> Any:
-        try:
-            return self._hvd.add_process_set(process_set)
-        except ValueError as error:
-            raise CommunicatorError(
-                f"Horovod cannot make sub-groups now ({error}) Let lsgd.init(communicator='horovod') initialise Horovod, "
-                "or set that variable before hvd.init()."
-            ) from error
+    def _process_set(self, ranks: list[int]) -> Any:
+        """Horovod allows one for the same ranks."""
+        if len(ranks) == self._hvd.size():
+            return self._hvd.global_process_set
+        if tuple(ranks) not in self._process_sets:
+            try:
+                self._process_sets[tuple(ranks)] = self._hvd.add_process_set(self._hvd.ProcessSet(ranks))
+            except ValueError as error:
+                raise CommunicatorError(
+                    f"Horovod cannot make sub-groups now ({error}) Let lsgd.init(communicator='horovod') initialise Horovod, "
+                    "or set that variable before hvd.init()."
+                ) from error
+        return self._process_sets[tuple(ranks)]
 
     def abort(self) -> None:
         """The launcher stops all others when one process ends with an error."""

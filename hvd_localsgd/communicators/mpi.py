@@ -7,24 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hvd_localsgd import memory
-from hvd_localsgd.communicators import Communicator, CommunicatorError, SharedVector, launched_size
+from hvd_localsgd.communicators.base import Communicator, SharedVector
+from hvd_localsgd.communicators.launchers import launched_size
+from hvd_localsgd.errors import CommunicatorError
 
 _SPIN_SECONDS = 2e-3
 _LONGEST_PAUSE = 1e-3
-_SMALLEST_PROBE, _LARGEST_PROBE = 16 << 20, 40 << 20  # more than caches hold, or one call looks as good as chunks
-_SLOW_SECONDS = 0.1  # for the smallest probe: a network, whose noise is small beside this
-_ENOUGH_SECONDS = 1.0
 _ANSWER_SECONDS = 5e-4
-_LARGE_CHUNK = 32 << 20
-_IN_SHARED_MEMORY = ((2 << 20, False), (1 << 20, False))  # chunk bytes, ring
-_CANDIDATES = (*_IN_SHARED_MEMORY, (_LARGE_CHUNK, False), (_LARGE_CHUNK, True))
 
 
 class MPICommunicator(Communicator):
@@ -36,7 +30,6 @@ class MPICommunicator(Communicator):
     """
 
     name = "mpi"
-    _ring = _tuned = False
 
     def __init__(self) -> None:
         _prepare_loading()
@@ -92,65 +85,14 @@ class MPICommunicator(Communicator):
                 time.sleep(pause)
         return table
 
-    def allreduce(self, buffer: np.ndarray) -> None:
-        """MPI_Allreduce in place, or the ring, whichever ``tune`` found faster."""
-        if self._ring and buffer.size >= self.size:
-            self._allreduce_ring(buffer)
-        else:
-            self._comm.Allreduce(self._mpi.IN_PLACE, buffer)
+    def allreduce(self, values: np.ndarray) -> np.ndarray:
+        """MPI_Allreduce in place."""
+        self._comm.Allreduce(self._mpi.IN_PLACE, values)
+        return values
 
-    def _allreduce_ring(self, buffer: np.ndarray) -> None:
-        """Reduce-scatter, then allgather, each in K - 1 steps around the ring, 1/K of the buffer at a time.
-
-        On Ethernet every link is busy in both directions all the time, which the library's choice may not achieve.
-        """
-        bounds = np.linspace(0, buffer.size, self.size + 1).astype(int)
-        parts = [buffer[start:stop] for start, stop in pairwise(bounds)]
-        incoming = np.empty(max(map(len, parts)), buffer.dtype)
-        right, left = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        for step in range(self.size - 1):
-            mine, theirs = parts[(self.rank - step) % self.size], parts[(self.rank - step - 1) % self.size]
-            self._comm.Sendrecv(mine, right, recvbuf=incoming[: len(theirs)], source=left)
-            theirs += incoming[: len(theirs)]
-        for step in range(self.size - 1):
-            mine, theirs = parts[(self.rank + 1 - step) % self.size], parts[(self.rank - step) % self.size]
-            self._comm.Sendrecv(mine, right, recvbuf=theirs, source=left)
-
-    def tune(self, payload: int) -> None:
-        """Time small chunks and, between hosts, large ones and the ring, on a probe of up to 40 MiB; keep the fastest.
-
-        In shared memory, chunks that stay in cache halve the time; on Ethernet each costs a round trip. The
-        environment variable HVD_LOCALSGD_CHUNK_MB sets the chunk size instead. Models below 16 MiB are not worth it.
-        """
-        if chosen := os.environ.get("HVD_LOCALSGD_CHUNK_MB"):
-            self.chunk_bytes = int(float(chosen) * (1 << 20))
-        elif payload >= _SMALLEST_PROBE and not self._tuned:
-            self._tuned = True
-            probe = np.ones(min(payload, _LARGEST_PROBE) // 4, np.float32)
-            memory.use_huge_pages(probe)
-            few = probe[: _SMALLEST_PROBE // 4]
-            slow = (
-                min(self._time(few, _LARGE_CHUNK, ring=False) for _ in range(2)) > _SLOW_SECONDS
-            )  # first, connections
-            candidates = _CANDIDATES if self.local_size < self.size else _IN_SHARED_MEMORY
-            rounds: list[list[float]] = []
-            while len(rounds) < 5 and np.sum(rounds) < _ENOUGH_SECONDS:  # the same sums on every rank
-                # In turn, so that what disturbs the machine for a moment disturbs all alike.
-                rounds.append([self._time(few if slow else probe, *candidate) for candidate in candidates])
-            best = np.min(rounds, axis=0)
-            # The first unless something is clearly faster: small chunks take less memory, and are scaled while in cache.
-            self.chunk_bytes, self._ring = candidates[int(np.argmax(best < 1.1 * best.min()))]
-
-    def _time(self, probe: np.ndarray, chunk_bytes: int, ring: bool) -> float:
-        """Seconds of the slowest rank."""
-        self._ring = ring
-        self._comm.Barrier()
-        began = time.perf_counter()
-        for start in range(0, probe.size, chunk_bytes // 4):
-            self.allreduce(probe[start : start + chunk_bytes // 4])
-        elapsed = np.array([time.perf_counter() - began])
-        self._comm.Allreduce(self._mpi.IN_PLACE, elapsed, self._mpi.MAX)
-        return float(elapsed[0])
+    def sendrecv(self, values: np.ndarray, to: int, received: np.ndarray, source: int) -> None:
+        """MPI_Sendrecv."""
+        self._comm.Sendrecv(values, to, recvbuf=received, source=source)
 
     def broadcast(self, array: np.ndarray) -> None:
         """MPI_Bcast of the raw bytes (MPI knows no bfloat16), in pieces below MPI's 2^31 limit."""
@@ -177,15 +119,12 @@ class MPICommunicator(Communicator):
                 f"here ({error}). Some libraries have it only inside a host or on InfiniBand; mode='sync' works everywhere."
             ) from error
 
-    def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
+    def restrict(self, groups: Sequence[Sequence[int]]) -> None:
         """MPI_Comm_split."""
         colors = {rank: color for color, ranks in enumerate(groups) for rank in ranks}
         if self.rank not in colors:
             raise ValueError(f"rank {self.rank} is in none of the groups {[list(g) for g in groups]}")
-        mine = object.__new__(MPICommunicator)
-        mine._mpi = self._mpi
-        mine._use(self._comm.Split(colors[self.rank], self.rank))
-        return mine
+        self._use(self._comm.Split(colors[self.rank], self.rank))
 
     def abort(self) -> None:
         """MPI_Abort: the launcher stops every other rank and returns non-zero."""

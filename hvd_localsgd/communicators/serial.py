@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.communicators import Communicator
+from hvd_localsgd.communicators.base import Communicator
 
 
 class SerialCommunicator(Communicator):
@@ -23,11 +24,9 @@ class SerialCommunicator(Communicator):
         """The one row there is."""
         return row.reshape(1)
 
-    def tune(self, payload: int) -> None:
-        """Nothing is slow here."""
-
-    def allreduce(self, buffer: np.ndarray) -> None:
+    def allreduce(self, values: Any) -> Any:
         """The sum over one rank is there already."""
+        return values
 
     def broadcast(self, array: np.ndarray) -> None:
         """Rank 0 has it already."""
@@ -36,9 +35,8 @@ class SerialCommunicator(Communicator):
         """The one there is."""
         return [data]
 
-    def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
+    def restrict(self, groups: Sequence[Sequence[int]]) -> None:
         """One rank is its own group."""
-        return SerialCommunicator()
 
     def abort(self) -> None:
         """Nobody else has to be told."""

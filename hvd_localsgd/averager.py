@@ -1,0 +1,119 @@
+"""``ModelAverager``: Local SGD for loops of one's own, without Keras."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hvd_localsgd import assemble, devices
+from hvd_localsgd.communicators.base import Communicator
+from hvd_localsgd.core import settings
+from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.pipeline import Memory
+from hvd_localsgd.core.reducers import Reducer
+from hvd_localsgd.core.schedules import Schedule
+from hvd_localsgd.core.timing import Round, Timings
+
+
+@settings.shown
+class ModelAverager:
+    """Averages variables over ranks every H calls of ``step``.
+
+    Stich (2018), Algorithm 1. ``with ModelAverager(...) as averager:`` begins and finishes; without ``with``, the first
+    ``step`` begins, and a script that does not call ``finish`` does so at its end.
+
+    Args:
+        variables: numpy arrays (contiguous, changed in place), or TensorFlow or Keras variables, of floating dtype, the same
+            list on every rank; or a ``core.pipeline.Memory`` of another framework's.
+        {options}
+        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
+        broadcast: all ranks begin with rank 0's values; otherwise each with its own.
+        communicator: through what; None: that of this process, which ``lsgd.init`` chose.
+        reducer: makes another reducer than the fastest.
+
+    Raises:
+        ValueError: an option is not one of the above, or there is nothing to average; in ``begin``: ranks hold different
+            variables or settings.
+        TypeError: there is no such option, or a variable cannot be averaged.
+        RankFailed: on every rank, when another rank failed or its values are not finite.
+    """
+
+    _engine: LocalSGD | None = None
+
+    def __init__(
+        self,
+        variables: Sequence[Any] | Memory,
+        sync_every: int | Schedule = 16,
+        *,
+        timings: str | Path | None = None,
+        broadcast: bool = True,
+        communicator: Communicator | None = None,
+        reducer: Callable[[Communicator], Reducer] | None = None,
+        **options: Any,
+    ) -> None:
+        self._settings = settings.choose(sync_every, options)
+        if self._settings.optimizer_state != "keep":
+            raise ValueError("ModelAverager knows no optimizer: to average its state, pass it among the variables.")
+        self._variables, self._broadcast = variables, broadcast
+        self._communicator, self._reducer = communicator, reducer
+        self._timings = Timings(timings)
+        self._training = False
+
+    @property
+    def timings(self) -> list[Round]:
+        """This rank's rounds, oldest first. What is not a sync is ``compute``."""
+        return self._timings.rounds
+
+    @property
+    def totals(self) -> list[dict[str, Any]]:
+        """After ``finish``: sums over the rounds, one dict per rank."""
+        return self._timings.totals
+
+    def begin(self) -> None:
+        """All ranks agree on what is averaged, and get rank 0's values."""
+        if self._engine is None:
+            self._engine = self._make_engine()
+        self._engine.begin()
+        self._training = True
+
+    def step(self, steps: int = 1, samples: float = 0.0) -> bool:
+        """So many local steps were taken, on so many samples; averages if the round is over, and says whether it did."""
+        if not self._training:
+            self.begin()
+        assert self._engine is not None
+        due = self._engine.step(steps, samples)
+        if due:
+            self._timings.lap("compute")
+            self._engine.synchronise()
+        return due
+
+    def finish(self) -> None:
+        """Wait for the slowest rank, and average once more: all ranks end with the same values."""
+        if self._training:
+            assert self._engine is not None
+            self._timings.lap("compute")
+            self._engine.finish()
+            self._training = False
+
+    def __enter__(self) -> ModelAverager:
+        self.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+
+    def _make_engine(self) -> LocalSGD:
+        communicator = self._communicator or devices.get()
+        memory: Any = self._variables
+        if not hasattr(memory, "blocks"):
+            averaged = list(memory)
+            memory = assemble.memory(communicator, averaged)
+            memory.prepare(averaged if self._broadcast else (), lambda: None)
+        return assemble.engine(
+            self._settings, communicator, memory, self._timings, finish_at_exit=True, reducer=self._reducer
+        )

@@ -1,0 +1,1 @@
+"""A framework hands out arrays and takes them back (``core.pipeline.Memory``)."""

@@ -1,0 +1,71 @@
+"""Numpy arrays, changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from hvd_localsgd.core import agreement
+from hvd_localsgd.core.layout import Block
+
+
+class NumpyMemory:
+    """A ``core.pipeline.Memory`` of arrays.
+
+    Args:
+        arrays: what is averaged: contiguous, writable, of a floating dtype; float16 travels as float32.
+
+    Raises:
+        ValueError: an array is not contiguous or cannot be written to.
+        TypeError: an array is not of a floating dtype.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        for number, array in enumerate(arrays):
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                raise ValueError(
+                    f"array {number}, of shape {array.shape}, must be contiguous and writable: pass a copy."
+                )
+            if array.dtype not in (np.float16, np.float32, np.float64):
+                raise TypeError(
+                    f"Only float16, float32 and float64 can be averaged. Received: array {number} of {array.dtype}"
+                )
+        self._arrays = list(arrays)
+        self.prepare((), lambda: None)
+        wires = [np.dtype(np.float64 if array.dtype == np.float64 else np.float32) for array in arrays]
+        self.blocks = [Block(a.size, wire, a.dtype == wire) for a, wire in zip(arrays, wires, strict=True)]
+
+    def prepare(self, start: Sequence[np.ndarray], reset_state: Callable[[], None]) -> None:
+        """As ``TensorFlowMemory.prepare``."""
+        self._start, self._reset_state = list(start), reset_state
+
+    def reset_state(self) -> None:
+        """As it was prepared."""
+        self._reset_state()
+
+    def description(self) -> list[list[Any]]:
+        """Arrays have no names."""
+        return [["", list(array.shape), array.dtype.name] for array in [*self._arrays, *self._start]]
+
+    def broadcast(self, communicator: Any) -> bool:
+        """Into the arrays."""
+        changed = []
+        for array in self._start:
+            value = agreement.from_rank_0(array.reshape(-1), communicator)
+            if value is not None:
+                array.reshape(-1)[:] = value
+                changed.append(id(array))
+        return any(id(array) in changed for array in self._arrays)
+
+    def is_finite(self) -> bool:
+        """The smallest."""
+        sized = [array for array in self._arrays if array.size]
+        return not sized or bool(np.isfinite(min(sized, key=lambda array: array.size)).all())
+
+    @contextmanager
+    def open(self) -> Iterator[list[np.ndarray]]:
+        """The arrays themselves."""
+        yield [array.reshape(-1) for array in self._arrays]

@@ -1,0 +1,89 @@
+"""Through what the ranks talk: one small interface."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hvd_localsgd.errors import CommunicatorError
+
+
+class SharedVector(ABC):
+    """A vector that every rank can read and add to at any time, without the others taking part."""
+
+    @abstractmethod
+    def add(self, values: np.ndarray, at: int, before: np.ndarray) -> None:
+        """From element ``at``: put what is there into ``before`` and add ``values``, atomically for each element."""
+
+    @abstractmethod
+    def read(self, values: np.ndarray, at: int) -> None:
+        """Fill ``values`` with what is there from element ``at``."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Collective."""
+
+
+class Communicator(ABC):
+    """Transport, and nothing else: what the engine needs from MPI, Horovod or a single process.
+
+    Every method is collective unless it says otherwise: all ranks call it, in the same order.
+    """
+
+    name: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+    takes_tensors = False  # whether ``allreduce`` takes tensors too, and would rather have them: they may be on a GPU
+
+    @abstractmethod
+    def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
+        """Allgather of one row of a structured dtype per rank: shape ``(size,)``, rank k's row at index k.
+
+        Waiting for slower ranks happens here, gently (the core is given to others).
+        Raises TimeoutError if ``timeout`` seconds were not enough.
+        """
+
+    @abstractmethod
+    def allreduce(self, values: Any) -> Any:
+        """The sum over ranks of 1-D, contiguous float32 or float64; in place, if it is a numpy array."""
+
+    def sendrecv(self, values: np.ndarray, to: int, received: np.ndarray, source: int) -> None:
+        """Send ``values`` to one rank and fill ``received`` from another. Not collective."""
+        raise CommunicatorError(f"communicator {self.name!r} has no messages from rank to rank. Use 'mpi'.")
+
+    @abstractmethod
+    def broadcast(self, array: np.ndarray) -> None:
+        """Rank 0's content to all, in place; contiguous, any dtype."""
+
+    @abstractmethod
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, in order of rank, on every rank."""
+
+    @abstractmethod
+    def restrict(self, groups: Sequence[Sequence[int]]) -> None:
+        """Become the communicator of this rank's group, in place: whoever holds this one follows.
+
+        Args:
+            groups: disjoint; together all ranks; the same on every rank. Ranks keep their order inside a group.
+        """
+
+    def subgroup(self, groups: Sequence[Sequence[int]]) -> Communicator:
+        """The communicator of this rank's group, and this one as it is; arguments as for ``restrict``."""
+        part = copy.copy(self)
+        part.restrict(groups)
+        return part
+
+    def share(self, values: np.ndarray) -> SharedVector:
+        """One-sided memory with ``values`` in it, the same on every rank; a stretch lies on each."""
+        raise CommunicatorError(f"mode='async' needs one-sided MPI; communicator {self.name!r} has none. Use 'mpi'.")
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End the whole job with a non-zero status. Not collective; does not return where size > 1."""

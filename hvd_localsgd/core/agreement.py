@@ -1,0 +1,90 @@
+"""Is it the same everywhere? Nothing is sent before all ranks agree on what it is; the first difference is named in words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hvd_localsgd.core.settings import Settings
+from hvd_localsgd.errors import RanksDiffer
+
+STRETCH = 1 << 20  # elements broadcast at a time
+
+
+def describe(settings: Settings, variables: Sequence[Sequence[Any]]) -> str:
+    """All that must be the same on all ranks, as text.
+
+    Args:
+        settings: what the user chose.
+        variables: ``[name, shape, dtype]`` of each that is ever sent, in order.
+    """
+    return json.dumps([settings.description(), *variables])
+
+
+def fingerprint(description: str) -> int:
+    """64 bits of it, for the header."""
+    return int.from_bytes(hashlib.sha256(description.encode()).digest()[:8], "little")
+
+
+def check(communicator: Any, fingerprints: np.ndarray, description: str) -> None:
+    """Raise unless all ranks have the same description (collective).
+
+    Raises:
+        RanksDiffer: the same on every rank.
+    """
+    if (fingerprints != fingerprints[0]).any():
+        raise RanksDiffer(_first_difference(communicator, description))
+
+
+def _first_difference(communicator: Any, description: str) -> str:
+    entries = [json.loads(entry) for entry in communicator.gather(description.encode())]
+    names = hosts(communicator)
+    first_settings, *first = entries[0]
+    for rank, (settings, *variables) in enumerate(entries):
+        who, whose = where([rank], names), where([0], names)
+        for name, value in settings.items():
+            if value != first_settings.get(name):
+                return f"Settings differ: {who} has {name}={value}, {whose} has {name}={first_settings.get(name)}."
+        for index, (theirs, ours) in enumerate(zip(variables, first, strict=False)):
+            if theirs != ours:
+                return (
+                    f"Ranks hold different models: variable {index} is {theirs} on {who}, but {ours} on {whose} "
+                    "(name, shape, dtype). Build the same model, and the same optimizer, on every rank."
+                )
+        if len(variables) != len(first):
+            return (
+                f"Ranks hold different models: {len(variables)} variables on {who}, {len(first)} on {whose}. "
+                "Build the same model, and the same optimizer, on every rank."
+            )
+    return "Ranks hold different models."  # not reached: a different fingerprint has a different description
+
+
+def hosts(communicator: Any) -> list[str]:
+    """The host of each rank (collective)."""
+    return [host.decode() for host in communicator.gather(communicator.host.encode())]
+
+
+def where(ranks: Sequence[int], names: Sequence[str]) -> str:
+    """``rank 2 on node7``: how errors name the ranks they are about."""
+    named = [f"rank {rank} on {names[rank]}" for rank in ranks]
+    return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+
+
+def from_rank_0(own: np.ndarray, communicator: Any) -> np.ndarray | None:
+    """Rank 0's values of a flat array, any dtype; None where they are this rank's already (collective).
+
+    In stretches, so that no copy is needed where nothing differs.
+    """
+    value = None
+    for start in range(0, own.size, STRETCH):
+        stretch = slice(start, start + STRETCH)
+        received = own[stretch].copy()
+        communicator.broadcast(received)
+        if received.tobytes() != own[stretch].tobytes():
+            value = own.copy() if value is None else value
+            value[stretch] = received
+    return value

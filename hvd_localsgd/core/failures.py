@@ -1,0 +1,115 @@
+"""A rank that fails must not leave the others waiting: it tells them, they raise too, the job ends non-zero.
+
+What is kept here is kept for the process: whether it is in the middle of something with the other ranks, whether they know
+already that the job has failed, and who the other ranks count on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from hvd_localsgd.core import header
+from hvd_localsgd.errors import RankFailed, RanksDiffer
+
+TELL_SECONDS = 5.0  # how long a failing rank waits for the others to come to a sync and hear of it
+
+
+class Trainer(Protocol):
+    """Somebody the other ranks are counting on: an engine between its first and its last sync.
+
+    Attributes:
+        communicator: through what.
+        finish_at_exit: whether a process that ends in good order in between waits for the others; if not, it has left
+            them in the middle of something, and the job ends with an error.
+    """
+
+    communicator: Any
+    finish_at_exit: bool
+
+    def finish(self) -> None:
+        """Wait for the slowest rank's last sync."""
+
+
+@dataclass(slots=True)
+class _Process:
+    busy: bool = False  # in the middle of a sync: an error now must not start another collective call
+    failed: bool = False  # all ranks know that the job has failed
+    communicator: Any = None  # of the job
+    training: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+
+_process = _Process()
+
+
+def begin(trainer: Trainer) -> None:
+    """From now on the other ranks count on this one."""
+    _process.training.add(trainer)
+    _process.failed = False
+
+
+def end(trainer: Trainer) -> None:
+    """All ranks have finished, or all have failed."""
+    _process.training.discard(trainer)
+
+
+@contextlib.contextmanager
+def together(trainer: Trainer) -> Iterator[None]:
+    """All ranks make the calls in here. After an error in here nobody may start another."""
+    _process.busy = True
+    try:
+        yield
+    except (RankFailed, RanksDiffer):  # which are raised on all ranks alike: nobody waits for anybody any more
+        _process.failed, _process.busy = True, False
+        end(trainer)
+        raise
+    _process.busy = False
+
+
+def install(communicator: Any) -> None:
+    """Make an uncaught error end the whole job. Called by ``init``."""
+    if _process.communicator is not None or communicator.size == 1:
+        return
+    _process.communicator = communicator
+    previous = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        previous(kind, error, trace)
+        end_job(communicator, error)
+
+    sys.excepthook = excepthook
+    atexit.register(_leave_all)
+
+
+def end_job(communicator: Any, error: BaseException) -> None:
+    """Tell the other ranks, let every rank print its own error, then stop the launcher and all it started."""
+    name = f"rank {communicator.rank} on {communicator.host}"
+    print(f"hvd_localsgd: {name} ends the job ({type(error).__name__})", file=sys.stderr, flush=True)
+    heard = _process.failed
+    with contextlib.suppress(Exception):  # whatever goes wrong here, abort is what remains
+        if not heard and not _process.busy:
+            heard = header.tell_failure(communicator, error, TELL_SECONDS)
+        if heard:
+            communicator.exchange(np.zeros((), np.uint8), timeout=TELL_SECONDS)
+            time.sleep(0.2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    communicator.abort()
+
+
+def _leave_all() -> None:
+    """The process ends without an error."""
+    for trainer in list(_process.training):
+        if trainer.finish_at_exit:
+            trainer.finish()
+        else:
+            end_job(trainer.communicator, RuntimeError("the process ended in the middle of training"))

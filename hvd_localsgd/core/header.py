@@ -1,0 +1,56 @@
+"""The header: the few numbers that all ranks exchange before anything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hvd_localsgd.errors import RankFailed
+
+HEADER = np.dtype(
+    [
+        ("model", np.uint64),  # fingerprint of what is averaged and how
+        ("position", np.float64),  # how far this rank is (progress.py); inf: it has finished
+        ("steps", np.int64),  # local steps since the last sync
+        ("total", np.int64),  # local steps since training began
+        ("samples", np.float64),  # samples those steps saw
+        ("due", np.bool_),  # this rank's round is over, or has to end here
+        ("pace", np.float64),  # seconds of a local step, lately; 0: not known yet
+        ("finite", np.bool_),  # no NaN or infinity in this rank's weights
+        ("stop", np.bool_),  # this rank wants training to stop
+        ("failed", np.bool_),  # this rank has raised an error and is about to end
+    ]
+)
+
+
+def row(**fields: Any) -> np.ndarray:
+    """This rank's header; fields that are not given are zero."""
+    header = np.zeros((), HEADER)
+    for name, value in fields.items():
+        header[name] = value
+    return header
+
+
+def exchange(communicator: Any, own: np.ndarray) -> np.ndarray:
+    """All ranks' headers, by rank (collective).
+
+    Raises:
+        RankFailed: a rank says that it has failed; on every rank, with that rank's own words.
+    """
+    table = communicator.exchange(own)
+    if table["failed"].any():
+        words = [entry.decode() for entry in communicator.gather(b"")]
+        raise RankFailed("; ".join(words[rank] for rank in np.flatnonzero(table["failed"])))
+    return table
+
+
+def tell_failure(communicator: Any, error: BaseException, timeout: float) -> bool:
+    """Instead of the next header, tell the others what went wrong here; whether they heard it in time."""
+    try:
+        communicator.exchange(row(failed=True), timeout=timeout)
+    except TimeoutError:
+        return False
+    name = f"rank {communicator.rank} on {communicator.host}"
+    communicator.gather(f"{name} failed: {type(error).__name__}: {error}".encode())
+    return True

@@ -1,0 +1,135 @@
+"""Load, send, weight, sum, receive, save: the one loop through which all that is averaged goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from hvd_localsgd.core import huge_pages, layout
+from hvd_localsgd.core.layout import Array, Block
+from hvd_localsgd.core.reducers import Reducer
+from hvd_localsgd.core.stages import Drift, Stage
+from hvd_localsgd.core.timing import Timings
+
+
+class Memory(Protocol):
+    """A framework's variables: what is averaged, a fixed list in a fixed order, and what all ranks start with alike."""
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """What is averaged as one array each."""
+
+    def description(self) -> list[list[Any]]:
+        """``[name, shape, dtype]`` of every variable that will ever be sent: what all ranks must agree on."""
+
+    def broadcast(self, communicator: Any) -> bool:
+        """Give all ranks rank 0's start (collective); whether that changed, on this rank, what is averaged."""
+
+    def is_finite(self) -> bool:
+        """No NaN or infinity, as far as a look at one variable can tell: one in the loss is in every gradient."""
+
+    def reset_state(self) -> None:
+        """Momentum and moments: what the optimizer starts with."""
+
+    def open(self) -> AbstractContextManager[list[Array]]:
+        """An array for each block, to read and to write; what is written counts when the ``with`` block ends.
+
+        No view of an array may live longer: the framework's next update would copy it.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one average.
+
+    Attributes:
+        drift: sqrt(1/K sum_k |x_k - average|^2); NaN or infinite if the average is.
+        bytes: what this rank gave to the reduction.
+        staleness: asynchronously, syncs of others since this rank last read the average.
+    """
+
+    drift: float = 0.0
+    bytes: int = 0
+    staleness: int = 0
+
+
+class Pipeline:
+    """One average, blocking.
+
+    Args:
+        memory: of what.
+        choose: the reducer for so many bytes, None for a rank that is alone; called when training begins, on all ranks
+            together, since it may measure.
+        stages: what happens to the values on their way, outermost first.
+        timings: where the seconds go.
+    """
+
+    def __init__(
+        self, memory: Memory, choose: Callable[[int], Reducer | None], stages: Sequence[Stage], timings: Timings
+    ) -> None:
+        self.memory, self.timings = memory, timings
+        self.reducer: Reducer | None = None
+        self._choose = choose
+        self._drift = Drift()
+        self._stages = (self._drift, *stages)
+
+    def start(self) -> None:
+        """All ranks hold the same values and are about to train (collective)."""
+        blocks = self.memory.blocks
+        self.reducer = self._choose(sum(block.size * block.wire.itemsize for block in blocks))
+        if self.reducer is None:
+            return
+        self._plan = layout.plan(blocks, self.reducer.chunk_bytes)
+        packed = (chunk.elements * chunk.dtype.itemsize for chunk in self._plan if not chunk.direct)
+        self._scratch = np.zeros(max(packed, default=0), np.uint8)
+        self._bytes = sum(map(self.reducer.bytes, self._plan))
+        with self.memory.open() as arrays:
+            direct = {chunk.pieces[0][0] for chunk in self._plan if chunk.direct}
+            for memory in (self._scratch, *(arrays[index] for index in sorted(direct))):
+                huge_pages.use(memory)
+            for stage in self._stages:
+                stage.start(blocks, arrays)
+            self.reducer.start(self._plan, arrays)
+
+    def send(self, weight: float, ranks: int) -> Outcome:
+        """x_k <- sum_j w_j x_j, all ranks together (or, if the reducer is one-sided, this one by itself).
+
+        Args:
+            weight: this rank's, w_k.
+            ranks: how many have a weight.
+        """
+        reducer, lap = self.reducer, self.timings.lap
+        if reducer is None:
+            return Outcome()
+        with self.memory.open() as arrays:
+            for chunk in self._plan:
+                values = chunk.load(arrays, self._scratch)
+                for stage in self._stages:
+                    values = stage.send(chunk, values)
+                values *= weight
+                lap("pack")
+                values = reducer.sum(chunk, values)
+                lap("communicate")
+                for stage in reversed(self._stages):
+                    values = stage.receive(chunk, values)
+                chunk.save(arrays, values)
+                lap("unpack")
+        lap("unpack")
+        squared = self._drift.squared()
+        total = reducer.total(squared / ranks if weight else 0.0)
+        lap("communicate")
+        return Outcome(math.sqrt(total) if total >= 0 else math.nan, self._bytes)
+
+    def finish(self) -> None:
+        """Training has ended on all ranks (collective)."""
+        if self.reducer is None:
+            return
+        if self.reducer.one_sided:
+            self.send(0.0, 1)  # adds nothing, and reads what others have added since
+        self.reducer.free()
+        self.timings.lap("communicate")

@@ -1,0 +1,237 @@
+"""What ranks tell each other before anything else, and what follows from it: the header, and the decision.
+
+Whatever one rank knows alone (it failed, it wants to stop, its data ended) reaches the others in the header and nowhere
+else. The decision is a pure function of all headers, so that all ranks decide alike and make the same sequence of
+collective calls. Asynchronously a rank decides on its own row alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from hvd_localsgd.core import failures
+from hvd_localsgd.core.agreement import hosts, where
+from hvd_localsgd.core.failures import Trainer
+from hvd_localsgd.core.header import exchange, row
+from hvd_localsgd.core.progress import BEGIN, FINISHED
+from hvd_localsgd.core.settings import Settings
+from hvd_localsgd.errors import RankFailed
+
+LESS = " Lower the learning rate, or clip the gradients (clipnorm=)."
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What all ranks do next.
+
+    Attributes:
+        step: the local step that the farthest rank has come to.
+        average: whether weights are averaged now.
+        weights: of each rank in it, float64; they sum to 1, or nobody took a step.
+        intervals: H of each rank's next round, int64.
+        stop: some rank wants training to stop.
+        unfinite: ranks whose weights are not finite.
+        reached: the position to which every rank has come.
+        staleness: asynchronously, syncs of others since this rank last read the average.
+    """
+
+    step: int
+    average: bool
+    weights: np.ndarray
+    intervals: np.ndarray
+    stop: bool
+    unfinite: tuple[int, ...]
+    reached: float
+    staleness: int = 0
+
+
+def decide(table: np.ndarray, settings: Settings) -> Decision:
+    """The decision that follows from all ranks' headers.
+
+    Args:
+        table: of dtype ``header.HEADER``, shape (K,), by rank. Another order of the ranks only changes the order of the answer.
+        settings: the same on every rank.
+    """
+    return Decision(
+        step=int(table["total"].max()),
+        average=bool(table["due"].any() and table["steps"].any()),
+        weights=_weights(table, settings),
+        intervals=_intervals(table, settings),
+        stop=bool(table["stop"].any()),
+        unfinite=tuple(int(rank) for rank in np.flatnonzero(~table["finite"])),
+        reached=float(table["position"].min()),
+    )
+
+
+def _weights(table: np.ndarray, settings: Settings) -> np.ndarray:
+    """A rank that took no steps has none; the others count equally, or by their samples."""
+    share = (table["steps"] > 0).astype(np.float64)
+    if settings.weighting == "samples" and (share * table["samples"]).any():
+        share *= table["samples"]
+    total = math.fsum(share)  # exact, so that it does not depend on the order of the ranks
+    return share / total if total else share
+
+
+def _intervals(table: np.ndarray, settings: Settings) -> np.ndarray:
+    """H; balanced, each rank's own, so that all take equally long (Yu et al. 2018, workers of unequal speed)."""
+    interval = settings.schedule.interval(int(table["total"].max()))
+    pace = table["pace"]
+    if settings.interval == "equal" or not pace.all():
+        return np.full(len(table), interval, np.int64)
+    seconds = interval * len(table) / math.fsum(1 / pace)  # in which the ranks take H steps on average
+    whole = max(1, round(seconds / pace.max())) * pace.max()  # the slowest has the fewest, and so the coarsest
+    return np.maximum(1, np.rint(whole / pace)).astype(np.int64)
+
+
+class Coordination(Protocol):
+    """How a rank comes to a decision."""
+
+    @property
+    def place(self) -> int:
+        """This rank's, in the decision's arrays."""
+
+    def start(self) -> None:
+        """All ranks are about to train (collective)."""
+
+    def together(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Around a sync."""
+
+    def decide(self, own: np.ndarray) -> Decision:
+        """What to do, given this rank's header."""
+
+    def refuse(self, decision: Decision) -> None:
+        """Weights are not finite, and are not averaged: raise, or warn if training ends because of it."""
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """The messages of all that came to the same position."""
+
+    def meet_all(self) -> None:
+        """Every rank has made its last sync (collective)."""
+
+
+class Together:
+    """Algorithm 1: all ranks' headers before every sync."""
+
+    def __init__(self, communicator: Any, settings: Settings) -> None:
+        self.communicator, self.settings = communicator, settings
+
+    @property
+    def place(self) -> int:
+        """In order of rank."""
+        return self.communicator.rank
+
+    def start(self) -> None:
+        """Nothing is kept."""
+
+    def together(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """All ranks are in it."""
+        return failures.together(trainer)
+
+    def decide(self, own: np.ndarray) -> Decision:
+        """On the headers of all."""
+        table = exchange(self.communicator, own)
+        check_same_place(self.communicator, table, beginning=False)
+        return decide(table, self.settings)
+
+    def refuse(self, decision: Decision) -> None:
+        """Names the ranks (collective)."""
+        ranks = where(decision.unfinite, hosts(self.communicator))
+        text = f"NaN or infinity in the weights of {ranks} at local step {decision.step}; nothing was averaged."
+        if not decision.stop:
+            raise RankFailed(text + LESS)
+        warnings.warn(
+            text, stacklevel=4
+        )  # somebody, TerminateOnNaN perhaps, has seen it and ends training in good order
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """All of them."""
+        return self.communicator.gather(message)
+
+    def meet_all(self) -> None:
+        """They have met in the last sync."""
+
+
+class Alone:
+    """Algorithm 2: nobody is waited for. Two counters in one-sided memory say what others did meanwhile."""
+
+    place = 0
+
+    def __init__(self, communicator: Any, settings: Settings) -> None:
+        self.communicator, self.settings = communicator, settings
+
+    def start(self) -> None:
+        """Syncs of all ranks, and ranks that want to stop: none so far."""
+        self._counters = self.communicator.share(np.zeros(2, np.int64))
+        self._seen, self._said_stop, self._stop = 0, False, False
+
+    def together(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Nobody else is in it: whoever fails in here can still tell the others."""
+        return nullcontext()
+
+    def decide(self, own: np.ndarray) -> Decision:
+        """On this rank's header. Every rank weighs 1/K, whenever it comes."""
+        staleness = self._count(own) if own["steps"] or own["stop"] else 0
+        own = own.copy()
+        own["stop"] |= self._stop
+        decision = decide(own.reshape(1), self.settings)
+        return replace(decision, weights=decision.weights / self.communicator.size, staleness=staleness)
+
+    def _count(self, own: np.ndarray) -> int:
+        """One more sync; how many others came since this rank's last."""
+        says_stop = bool(own["stop"]) and not self._said_stop
+        before = np.empty(2, np.int64)
+        self._counters.add(np.array([own["steps"] > 0, says_stop], np.int64), 0, before)
+        self._said_stop |= says_stop
+        self._stop = bool(before[1]) or self._said_stop
+        staleness = int(before[0]) - self._seen
+        self._seen = int(before[0]) + int(own["steps"] > 0)
+        return staleness
+
+    def refuse(self, decision: Decision) -> None:
+        """This rank's own, which the others will hear of as its error."""
+        who = f"rank {self.communicator.rank} on {self.communicator.host}"
+        text = (
+            f"NaN or infinity in the weights of {who} at local step {decision.step}; they were not given to the others."
+        )
+        raise FloatingPointError(text + LESS)
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """Its own."""
+        return [message]
+
+    def meet_all(self) -> None:
+        """The only time that anybody waits."""
+        exchange(self.communicator, row(position=FINISHED))
+        self._counters.free()
+
+
+def check_same_place(communicator: Any, table: np.ndarray, beginning: bool) -> None:
+    """All ranks are between the same two calls, or none goes on: the alternative is a hang or a wrong sum.
+
+    Raises:
+        RankFailed: on all ranks, if some begin to train and others do not.
+    """
+    if ((table["position"] == BEGIN) != beginning).any():
+        raise RankFailed(
+            f"Some ranks start to train while others are in the middle of it (seen on rank {communicator.rank} "
+            f"on {communicator.host}). Call fit equally often on every rank, and let no rank leave it early."
+        )
+
+
+def check_finite(communicator: Any, decision: Decision, drift: float) -> None:
+    """The average is finite if the drift is.
+
+    Raises:
+        RankFailed: on all ranks, if it is not.
+    """
+    if not math.isfinite(drift):
+        raise RankFailed(
+            f"the average after local step {decision.step} is not finite (seen on rank {communicator.rank} on "
+            f"{communicator.host}).{LESS}"
+        )

@@ -1,0 +1,144 @@
+"""Every option, once: its name, what it may be, what it does. All that depends on options asks here.
+
+A field of ``Settings`` is an argument of the callback, the optimizer and ``ModelAverager``; it is checked, compared over
+ranks, and saved with a model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from hvd_localsgd.core.schedules import Schedule, as_schedule
+
+
+def option(default: Any, allowed: tuple[Any, ...] | Callable[[Any], Any], text: str) -> Any:
+    """A field of ``Settings``.
+
+    Args:
+        default: what it is if nobody says.
+        allowed: the values it may have; or a function that makes its value from what the user gave, or raises.
+        text: what it does, as in a docstring.
+    """
+    return field(default=default, metadata={"allowed": allowed, "text": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose, checked.
+
+    Raises:
+        ValueError: an unknown choice, or choices that do not go together.
+    """
+
+    sync_every: int | Schedule = option(16, as_schedule, "H, local steps between two syncs, or a ``Schedule``.")
+    optimizer_state: Literal["keep", "average", "reset"] = option(
+        "keep",
+        ("keep", "average", "reset"),
+        'what happens to momentum and moments at a sync: ``"keep"`` each rank\'s own, ``"average"`` them like weights '
+        '(more to send), or ``"reset"`` them to what the optimizer starts with.',
+    )
+    weighting: Literal["equal", "samples"] = option(
+        "equal", ("equal", "samples"), 'ranks count ``"equal"``, or by the ``"samples"`` of their round.'
+    )
+    mode: Literal["sync", "async"] = option(
+        "sync",
+        ("sync", "async"),
+        '``"async"`` lets no rank wait for another (Stich 2018, Algorithm 2): each adds its progress to a global average '
+        "in one-sided MPI memory and goes on from there. Logs are then each rank's own; a rank that stops training stops "
+        "all. Only at the end all ranks meet, and get the same model.",
+    )
+    interval: Literal["equal", "balanced"] = option(
+        "equal",
+        ("equal", "balanced"),
+        '``"balanced"`` gives each rank steps in proportion to its speed, H on average, so that all come to a sync '
+        "together (Yu et al. 2018, workers of unequal speed). Fast ranks need more data for that: repeat the dataset, and "
+        "give each rank its own ``steps_per_epoch``.",
+    )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, allowed = getattr(self, each.name), each.metadata["allowed"]
+            if callable(allowed):
+                object.__setattr__(self, each.name, allowed(value))
+            elif value not in allowed:
+                raise ValueError(f"{each.name} must be one of {allowed}. Received: {value!r}")
+        for refuse in REFUSALS:
+            if reason := refuse(self):
+                raise ValueError(reason)
+
+    @property
+    def schedule(self) -> Schedule:
+        """``sync_every``, which an integer is no more."""
+        assert isinstance(self.sync_every, Schedule)
+        return self.sync_every
+
+    def get_config(self) -> dict[str, Any]:
+        """Name and value of each option."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def description(self) -> dict[str, str]:
+        """Name and value of each option, in words that are the same on two ranks only if the values are."""
+        return {name: _words(value) for name, value in self.get_config().items()}
+
+
+def _async_is_alone(chosen: Settings) -> str | None:
+    if chosen.mode == "async" and (chosen.weighting, chosen.interval) != ("equal", "equal"):
+        return (
+            "mode='async' gives every rank weight 1/K and lets each go at its own pace. "
+            f"Received: weighting={chosen.weighting!r}, interval={chosen.interval!r}"
+        )
+    return None
+
+
+def _exact_is_equal(chosen: Settings) -> str | None:
+    if chosen.interval == "balanced" and chosen.schedule.exact:
+        return f"interval='balanced' gives each rank its own steps, {chosen.schedule} the same to all."
+    return None
+
+
+# Combinations that cannot work: each says why, or nothing.
+REFUSALS: tuple[Callable[[Settings], str | None], ...] = (_async_is_alone, _exact_is_equal)
+
+
+def choose(sync_every: Any, options: dict[str, Any]) -> Settings:
+    """The settings for a front end's arguments.
+
+    Raises:
+        TypeError: there is no such option.
+        ValueError: as ``Settings``.
+    """
+    names = [each.name for each in fields(Settings)]
+    if unknown := [name for name in options if name not in names]:
+        raise TypeError(f"There is no option {unknown[0]!r}. Options are: {', '.join(names)}.")
+    return Settings(sync_every=sync_every, **options)
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def shown(front_end: _Class) -> _Class:
+    """Decorates a class whose constructor takes ``sync_every`` and ``**options``: help() shows each by name.
+
+    ``{options}`` in its docstring becomes their documentation.
+    """
+    described = []
+    for each in fields(Settings):
+        text = f"{each.name}: {each.metadata['text']}"
+        described.append(textwrap.fill(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 12))
+    if front_end.__doc__:
+        front_end.__doc__ = front_end.__doc__.replace("        {options}", "\n".join(described))
+    signature = inspect.signature(front_end.__init__)  # type: ignore[misc]
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for each in fields(Settings):
+        if each.name not in signature.parameters:
+            parameters.append(inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default))
+    front_end.__init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[misc]
+    return front_end
+
+
+def _words(value: Any) -> str:
+    return f"{type(value).__name__} {value.get_config()}" if hasattr(value, "get_config") else repr(value)

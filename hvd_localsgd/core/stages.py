@@ -1,0 +1,74 @@
+"""What happens to a chunk on its way out to the other ranks, and on its way back. Stages nest: first out, last back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from hvd_localsgd.core.layout import Array, Block, Chunk
+
+DRIFT_SAMPLE = 1 << 18  # elements; the drift of larger models is estimated from the beginning of every chunk
+
+
+class Stage(Protocol):
+    """May change values in place, and returns what goes on. What it keeps, it keeps by block: chunk sizes are measured."""
+
+    def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
+        """Training begins with these values."""
+
+    def send(self, chunk: Chunk, values: Array) -> Array:
+        """On the way out, before values are weighted."""
+
+    def receive(self, chunk: Chunk, values: Array) -> Array:
+        """On the way back."""
+
+
+class Progress:
+    """Algorithm 2 of Stich (2018): out goes x_k - x_read; what comes back is x_bar, from now on x_read."""
+
+    def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
+        """x_read is the common start. Extra memory: a copy of the model."""
+        self._read = [array.astype(block.wire) for block, array in zip(blocks, arrays, strict=True)]
+
+    def send(self, chunk: Chunk, values: Array) -> Array:
+        """What this rank has learned since it last read the average."""
+        for index, start, stop, offset in chunk.pieces:
+            values[offset : offset + stop - start] -= self._read[index][start:stop]
+        return values
+
+    def receive(self, chunk: Chunk, values: Array) -> Array:
+        """The average as it is now."""
+        chunk.save(self._read, values)
+        return values
+
+
+class Drift:
+    """How far this rank is from the average. Outermost: it sees what was, and what is."""
+
+    def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
+        """How much of each chunk to look at."""
+        self._elements = sum(block.size for block in blocks)
+        self._share = min(1.0, DRIFT_SAMPLE / max(self._elements, 1))
+        self._distance, self._sampled = 0.0, 0
+
+    def send(self, chunk: Chunk, values: Array) -> Array:
+        """A copy of its beginning."""
+        self._before = np.array(values[: math.ceil(chunk.elements * self._share)])
+        return values
+
+    def receive(self, chunk: Chunk, values: Array) -> Array:
+        """The distance from it."""
+        before = self._before
+        before -= np.asarray(values[: before.size])
+        self._distance += float(np.dot(before, before))
+        self._sampled += before.size
+        return values
+
+    def squared(self) -> float:
+        """|x_k - average|^2 of this sync, estimated where the model is large."""
+        squared = self._distance * self._elements / max(self._sampled, 1)
+        self._distance, self._sampled = 0.0, 0
+        return squared

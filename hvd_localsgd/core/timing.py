@@ -1,0 +1,135 @@
+"""How long: every second of a round belongs to exactly one part, and every round leaves a record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+PARTS = ("compute", "input", "wait", "pack", "communicate", "unpack", "outer")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of one rank. Times are in seconds; the parts add up to ``wall`` less ``residual``.
+
+    ``compute``: train steps, until the device has finished. ``input``: between train steps (data, other
+    callbacks, validation) and, estimated by sampling, the wait for data inside Keras' compiled step.
+    ``wait``: this rank stood ready and others did not (skew). ``pack`` / ``communicate`` / ``unpack``: copying
+    out and scaling, the allreduce, copying back. ``outer``: what happens to the average and to the optimizer
+    state afterwards. ``bytes``: what this rank gave to the allreduce. ``drift``: root mean square over ranks of
+    the distance between a rank's weights and their average, just before averaging. ``interval``: H of this
+    round; ``steps``: what this rank really took (fewer where its data ended). ``staleness``: asynchronously, how many
+    syncs of other ranks came between this rank's last read of the global average and this sync.
+    """
+
+    round: int
+    first_step: int
+    last_step: int
+    interval: int
+    steps: int
+    start: float
+    wall: float
+    compute: float
+    input: float
+    wait: float
+    pack: float
+    communicate: float
+    unpack: float
+    outer: float
+    residual: float
+    bytes: int
+    drift: float
+    staleness: int
+    rank: int
+    size: int
+    host: str
+
+
+class Stopwatch:
+    """Laps: each call gives the time since the call before to one part, so no time is lost or counted twice."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """A new round begins now."""
+        self.start = time.time()
+        self._began = self._last = time.perf_counter()
+        self.parts = dict.fromkeys(PARTS, 0.0)
+
+    def lap(self, part: str) -> None:
+        """All the time since the last lap was ``part``."""
+        now = time.perf_counter()
+        self.parts[part] += now - self._last
+        self._last = now
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Of the time given to ``source``, ``seconds`` really belong to ``target``."""
+        seconds = min(seconds, self.parts[source])
+        self.parts[source] -= seconds
+        self.parts[target] += seconds
+
+    def wall(self) -> float:
+        """Seconds since the round began."""
+        return time.perf_counter() - self._began
+
+
+class Timings(Stopwatch):
+    """The rounds of this rank, oldest first; with a folder, also one JSON line per round in ``rank-K.jsonl``.
+
+    Args:
+        folder: for the file, which is opened when training begins, and to which another fit, or a resumed run, appends.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        super().__init__()
+        self.rounds: list[Round] = []
+        self.totals: list[dict[str, Any]] = []  # of all ranks, once training has ended
+        self.folder = folder
+        self._file: TextIO | None = None
+
+    def begin(self, rank: int) -> None:
+        """Training begins, and with it a round."""
+        if self.folder is not None and self._file is None:
+            path = Path(self.folder) / f"rank-{rank}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+", encoding="utf-8")
+            self._file.seek(max(0, self._file.seek(0, 2) - 1))
+            if self._file.read() not in ("", "\n"):  # a run was killed as it wrote: its last line ends here
+                self._file.write("\n")
+        self.restart()
+
+    def end_round(self, **facts: Any) -> None:
+        """Keep a record with what the stopwatch says, flush its line (a killed job leaves all rounds it finished), restart."""
+        wall = self.wall()
+        seconds: dict[str, Any] = {**self.parts, "wall": wall, "residual": wall - sum(self.parts.values())}
+        record = Round(round=len(self.rounds), start=self.start, **seconds, **facts)
+        self.rounds.append(record)
+        if self._file is not None:
+            self._file.write(json.dumps(asdict(record)) + "\n")
+            self._file.flush()
+        self.restart()
+
+    def sums(self) -> dict[str, Any]:
+        """Sums over this rank's rounds: each part, wall, residual (s), bytes, steps, syncs; and its rank and host.
+
+        ``staleness`` is the mean over syncs.
+        """
+        rounds = self.rounds
+        sums: dict[str, Any] = {
+            name: sum(getattr(r, name) for r in rounds) for name in (*PARTS, "wall", "residual", "bytes", "steps")
+        }
+        sums["syncs"] = sum(r.interval > 0 for r in rounds)
+        sums["staleness"] = sum(r.staleness for r in rounds) / max(sums["syncs"], 1)
+        sums["rank"], sums["host"] = rounds[-1].rank, rounds[-1].host
+        return sums
+
+
+def mean(totals: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over ranks of what ``Timings.sums`` gives (numbers only)."""
+    numbers = [key for key, value in totals[0].items() if key not in ("rank", "host")]
+    return {key: sum(t[key] for t in totals) / len(totals) for key in numbers}

@@ -1,0 +1,23 @@
+"""What this package raises, beside plain ValueError and TypeError for wrong arguments."""
+
+from __future__ import annotations
+
+
+class LocalSGDError(RuntimeError):
+    """Everything below: something that is not a wrong argument went wrong."""
+
+
+class RankFailed(LocalSGDError):
+    """Another rank raised an error, or holds weights that are not finite; the message names it."""
+
+
+class CommunicatorError(LocalSGDError):
+    """The communicator that was asked for cannot be used here; the message says what to install or change."""
+
+
+class BuildError(LocalSGDError):
+    """Horovod or the kernel could not be built, or does not work once it is."""
+
+
+class RanksDiffer(ValueError):
+    """Models or settings are not the same on all ranks; raised on all of them, naming the first difference."""

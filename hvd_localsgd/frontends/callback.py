@@ -1,0 +1,269 @@
+"""``LocalSGDCallback``: Local SGD for ``model.fit``."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+from keras.callbacks import Callback, ProgbarLogger
+
+from hvd_localsgd import assemble, devices
+from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
+from hvd_localsgd.backends.tensorflow.variables import finish_device_work
+from hvd_localsgd.core import settings
+from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.schedules import Schedule
+from hvd_localsgd.core.timing import PARTS, Round, Timings
+from hvd_localsgd.frontends import frames, keras_state
+from hvd_localsgd.frontends.input_probe import InputProbe
+from hvd_localsgd.frontends.table import print_table
+
+
+@settings.shown
+class LocalSGDCallback(Callback):
+    """Skip gradient averaging; average the weights of all ranks every H local steps.
+
+    Stich (2018), Algorithm 1; Yu, Yang & Zhu (2018), parallel restarted SGD. Put it first in the list of callbacks:
+    the epoch's logs are averaged over ranks before the callbacks behind it see them, so that EarlyStopping,
+    ReduceLROnPlateau and ModelCheckpoint decide alike on every rank.
+
+    At train begin all ranks get rank 0's weights and optimizer state. Syncs follow every H local steps (with
+    ``steps_per_execution`` > 1 at the first batch end at or past that), before validation, before the epoch ends,
+    and at train end. Ranks may have different numbers of batches: one that has run out stays in the syncs with
+    weight zero until all are done. Rank 0 alone prints progress, and at the end a table of where the time went.
+
+    Args:
+        {options}
+        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
+
+    Attributes:
+        timings: list of ``hvd_localsgd.core.timing.Round``, this rank's rounds, oldest first.
+        totals: after ``fit``, sums over those rounds, one dict per rank; the same on every rank.
+
+    Raises:
+        ValueError: an argument is not one of the above; in ``fit``: ranks hold different models or settings.
+        RankFailed: in ``fit``, on every rank, when another rank failed or its weights are not finite.
+        CommunicatorError: MPI is missing, or is not the launcher's.
+    """
+
+    _engine: LocalSGD  # made when training begins
+    _memory: TensorFlowMemory | None = None
+
+    def __init__(self, sync_every: int | Schedule = 16, *, timings: str | Path | None = None, **options: Any) -> None:
+        super().__init__()
+        self._settings = settings.choose(sync_every, options)
+        self._training = False
+        self._timings = Timings(timings)
+
+    @property
+    def timings(self) -> list[Round]:
+        """This rank's rounds, oldest first."""
+        return self._timings.rounds
+
+    @property
+    def totals(self) -> list[dict[str, Any]]:
+        """After ``fit``: sums over the rounds, one dict per rank."""
+        return self._timings.totals
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """The same model, weights and optimizer state on all ranks."""
+        model, optimizer = self.model, self.model.optimizer
+        if keras.backend.backend() != "tensorflow":
+            raise RuntimeError(
+                f"hvd_localsgd works with Keras on TensorFlow; this is Keras on {keras.backend.backend()!r}. "
+                "Set KERAS_BACKEND=tensorflow."
+            )
+        _check_not_wrapped(optimizer)
+        self._look_at_the_other_callbacks()
+        _build(model)
+        self._make_engine(model, optimizer)
+        self._engine.begin()
+        self._input = InputProbe(model)
+        self._epochs_begun = 0
+        self._training = True
+        self._warn_about_steps_per_execution()
+
+    def _make_engine(self, model: keras.Model, optimizer: Any) -> None:
+        """Unless there is one for these variables: what it has compiled is kept from fit to fit."""
+        averaged = [*keras_state.of_model(model), *keras_state.moving_averages(optimizer)]
+        state = keras_state.State(optimizer)
+        averaged += state.variables if self._settings.optimizer_state == "average" else []
+        if self._memory is None or not self._memory.holds(averaged):
+            communicator = devices.get()
+            self._memory = assemble.memory(communicator, averaged)
+            self._engine = assemble.engine(
+                self._settings, communicator, self._memory, self._timings, finish_at_exit=False
+            )
+        seeds = {id(v) for v in model.variables if "seed_generator_state" in v.path}
+        self._memory.prepare([v for v in (*model.variables, *optimizer.variables) if id(v) not in seeds], state.reset)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Two positions per epoch: 2e + 1 when its steps are done, 2e + 2 when its logs are averaged."""
+        self._position = 2.0 * self._epochs_begun
+        self._epochs_begun += 1
+        self._steps_done = False
+        self._batches, self._uncounted = 0, False
+        self._counted = self._train_samples = self._validation_samples = 0.0
+        self._first_round = len(self.timings)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Whatever came before was not computing."""
+        self._timings.lap("input")
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """One local step, or ``steps_per_execution`` of them; a sync if the round is over."""
+        engine = self._engine
+        self._timings.lap("compute")
+        done = min(batch + 1, self.params.get("steps") or sys.maxsize)  # the last execution may be a short one
+        due = engine.step(done - self._batches)
+        self._batches, self._uncounted = done, True
+        if due:
+            finish_device_work()
+            self._timings.lap("compute")
+            self._synchronise(engine.synchronise)
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Validation sees the averaged model."""
+        if self._training:
+            self._finish_training_steps()
+
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        """How much this rank's validation metrics weigh."""
+        if self._training:
+            self._validation_samples = self._samples()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Callbacks see the averaged model and the averaged logs, the same on all ranks."""
+        self._finish_training_steps()
+        own = {key: float(value) for key, value in (logs or {}).items() if _is_number(value)}
+        message = json.dumps(
+            {"logs": own, "samples": self._train_samples, "validation_samples": self._validation_samples}
+        )
+        messages = self._synchronise(lambda: self._engine.meet(self._position + 2, message.encode()))
+        if logs is not None:
+            logs.update(_average_logs([json.loads(entry) for entry in messages if entry]))
+            logs.update(self._epoch_seconds())
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """All ranks end together, with the same weights; rank 0 prints the table."""
+        self._training = False
+        self._input.remove()
+        if self.model.stop_training:
+            self._engine.request_stop()
+        self._engine.finish()
+        if devices.rank() == 0 and self.params.get("verbose"):
+            print_table(self.totals, f"Local SGD, {self._settings.schedule}, {len(self.totals)} ranks")
+
+    # Sync, and what surrounds it.
+
+    def _synchronise(self, sync: Callable[[], list[bytes]]) -> list[bytes]:
+        engine = self._engine
+        self._input.estimate(self._timings)
+        if self._settings.weighting == "samples" and self._uncounted:
+            counted = self._samples()
+            engine.step(0, counted - self._counted)
+            self._counted, self._uncounted = counted, False
+        if self.model.stop_training:
+            engine.request_stop()
+        messages = sync()
+        if engine.stopping:
+            self.model.stop_training = True
+        return messages
+
+    def _finish_training_steps(self) -> None:
+        if not self._steps_done:  # on_test_begin may have been here before on_epoch_end
+            self._steps_done = True
+            self._timings.lap("input")
+            self._train_samples = self._samples()
+            self._synchronise(lambda: self._engine.meet(self._position + 1))
+
+    def _samples(self) -> float:
+        """Samples seen since the metrics were reset, which Keras' own loss metric counts."""
+        for metric in self.model.metrics:
+            if metric.name == "loss" and hasattr(metric, "count"):
+                return float(keras.ops.convert_to_numpy(metric.count))
+        return float(self._batches)
+
+    def _epoch_seconds(self) -> dict[str, float]:
+        rounds = self.timings[self._first_round :]
+        return {f"seconds_{part}": sum(getattr(r, part) for r in rounds) for part in PARTS}
+
+    # Checks at train begin.
+
+    def _look_at_the_other_callbacks(self) -> None:
+        """Silence all progress bars but rank 0's; say so if a callback will see logs before they are averaged."""
+        for callback in (callbacks := frames.callback_list()):
+            if isinstance(callback, ProgbarLogger) and devices.rank() > 0:
+                callback.verbose = 0
+        if self in callbacks and devices.rank() == 0 and devices.size() > 1:
+            early = [
+                type(callback).__name__
+                for callback in callbacks[: callbacks.index(self)]
+                if type(callback).on_epoch_end is not Callback.on_epoch_end
+            ]
+            if early:
+                warnings.warn(
+                    f"LocalSGDCallback stands behind {', '.join(early)} in the list of callbacks: they see this rank's "
+                    "own logs, not the average over ranks, and may decide differently on each rank. Put it first.",
+                    stacklevel=2,
+                )
+
+    def _warn_about_steps_per_execution(self) -> None:
+        steps, interval = self.model.steps_per_execution, self._engine.interval
+        if steps > 1 and interval % steps and devices.rank() == 0:
+            warnings.warn(
+                f"steps_per_execution={steps} does not divide the {interval} local steps between syncs: each sync comes "
+                f"at the first batch end at or past its step, here after {math.ceil(interval / steps) * steps} steps.",
+                stacklevel=2,
+            )
+
+
+def _build(model: keras.Model) -> None:
+    """Make all weights now: Keras may leave that to the first step, too late to give all ranks the same."""
+    if not all(layer.built for layer in model._flatten_layers()):
+        batches = frames.caller_local("epoch_iterator")
+        if batches is None:
+            raise ValueError(
+                "The model has no weights yet. Begin it with keras.Input, or call model.build(shape) first."
+            )
+        model._symbolic_build(iterator=batches)
+        batches.reset()
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+def _check_not_wrapped(optimizer: Any) -> None:
+    from hvd_localsgd.frontends.optimizer import LocalSGDOptimizer
+
+    while optimizer is not None:
+        if isinstance(optimizer, LocalSGDOptimizer):
+            raise ValueError("The model was compiled with a LocalSGDOptimizer: use it or the callback, not both.")
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _average_logs(entries: list[dict[str, Any]]) -> dict[str, float]:
+    """Each metric's mean over the ranks that have it, weighted by the samples behind it."""
+    averaged = {}
+    for key in sorted({key for entry in entries for key in entry["logs"]}):
+        weight_key = "validation_samples" if key.startswith("val_") else "samples"
+        pairs = [(entry["logs"][key], entry[weight_key]) for entry in entries if key in entry["logs"]]
+        weight = sum(w for _, w in pairs)
+        if weight:
+            averaged[key] = sum(value * w for value, w in pairs if w) / weight
+        else:
+            averaged[key] = sum(value for value, _ in pairs) / len(pairs)
+    return averaged

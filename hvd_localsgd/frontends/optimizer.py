@@ -1,0 +1,323 @@
+"""``LocalSGDOptimizer``: Local SGD wrapped around any Keras optimizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+
+from hvd_localsgd import assemble, devices
+from hvd_localsgd.backends.tensorflow import graph
+from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
+from hvd_localsgd.backends.tensorflow.variables import components, exists, floats
+from hvd_localsgd.core import settings
+from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.timing import Round, Timings
+from hvd_localsgd.frontends import frames, keras_state
+from hvd_localsgd.frontends.schedules import Schedule
+from hvd_localsgd.frontends.table import print_table
+
+_maybe_merge_call = tf.__internal__.distribute.interim.maybe_merge_call
+
+
+@settings.shown
+@keras.saving.register_keras_serializable("hvd_localsgd")
+class LocalSGDOptimizer(keras.optimizers.Optimizer):
+    """An optimizer that averages the weights of all ranks every H of its updates.
+
+    Stich (2018), Algorithm 1. For ``compile``, for custom loops (eager or in ``tf.function``) and under
+    ``tf.distribute.MirroredStrategy``: gradients are then averaged inside the process at every step, weights
+    across processes every H. When training ends, ``finalize_variable_values`` waits for the slowest rank and averages
+    once more; ``fit`` calls it, a custom loop should (Keras wants that for ``use_ema`` anyway).
+
+    The optimizer sees no epochs, no logs and no BatchNorm statistics: prefer ``LocalSGDCallback`` where you use
+    ``fit``, or pass ``statistics=model.non_trainable_variables``. With ``weighting="samples"`` it finds the batch in Keras'
+    ``train_step(data)``; a loop of your own calls ``count_samples`` in each step.
+
+    Args:
+        inner_optimizer: the Keras optimizer that takes the local steps. Everything it can do goes on working;
+            with ``gradient_accumulation_steps`` its updates are counted, not the batches, and a step that
+            ``LossScaleOptimizer`` skips counts too, so that ranks stay in step.
+        {options}
+        statistics: further variables to average, such as ``model.non_trainable_variables``; integers among them are
+            left alone.
+        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
+        name: as for every Keras optimizer.
+
+    Attributes:
+        timings: list of ``hvd_localsgd.core.timing.Round``, this rank's rounds, oldest first. What is not a sync is
+            ``compute``: the optimizer cannot tell input from computing.
+        totals: after the end of training, sums over those rounds, one dict per rank.
+
+    Raises:
+        ValueError: an argument is not one of the above; when built: ranks hold different models or settings.
+        RuntimeError: inside XLA (``jit_compile=True``), which cannot call MPI.
+        RankFailed: on every rank, when another rank failed or its weights are not finite.
+    """
+
+    _engine: LocalSGD  # made when training begins
+    _memory: TensorFlowMemory | None = None
+    _counted: float = 0
+
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer,
+        sync_every: int | Schedule = 16,
+        *,
+        statistics: Sequence[Any] = (),
+        timings: str | Path | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(learning_rate=0.0, name=name)
+        if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
+            raise ValueError(f"inner_optimizer must be a keras.optimizers.Optimizer. Received: {inner_optimizer!r}")
+        if isinstance(inner_optimizer, LocalSGDOptimizer):
+            raise ValueError("inner_optimizer is a LocalSGDOptimizer already: weights need averaging once.")
+        self._settings = settings.choose(sync_every, options)
+        self.inner_optimizer = inner_optimizer
+        self._statistics = tuple(statistics)
+        self._timings = Timings(timings)
+        self._in_training = False
+        self._counts_itself = True
+
+    @property
+    def timings(self) -> list[Round]:
+        """This rank's rounds, oldest first."""
+        return self._timings.rounds
+
+    @property
+    def totals(self) -> list[dict[str, Any]]:
+        """After training: sums over the rounds, one dict per rank."""
+        return self._timings.totals
+
+    # Local steps.
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Inner state, and our counters of steps."""
+        self._notice_loss_scaling()
+        if self.built:
+            return
+        with tf.init_scope():  # Keras builds some optimizers while it traces: variables would not exist until it has
+            if not self.inner_optimizer.built:
+                self.inner_optimizer.build(variables)
+            super().build(variables)
+            # Counted here, not read from the inner optimizer, whose iterations stand still when a step is skipped.
+            self._steps = self.add_variable((), "zeros", "int64", "only_first_replica", name="local_steps")
+            self._next_sync = self.add_variable((), "zeros", "int64", "only_first_replica", name="next_sync")
+            if self._settings.weighting == "samples":
+                self._samples = self.add_variable((), "zeros", "int64", "sum", name="samples")
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """The inner optimizer's step; a sync with the other ranks if the round is over."""
+        _refuse_xla()
+        if not self.built:
+            self.build(list(trainable_variables or []))
+        moved = self._begin_training()
+        if self._settings.weighting == "samples":
+            self._count_batch()
+        if not (moved and tf.executing_eagerly()):  # else these are gradients at weights that are no more
+            self.inner_optimizer.apply(grads, trainable_variables)
+        _maybe_merge_call(lambda strategy: self._count_step(), tf.distribute.get_strategy())
+
+    def count_samples(self, samples: Any) -> None:
+        """For ``weighting="samples"`` in a loop of your own: the step that comes next is on so many (an integer, scalar)."""
+        if not hasattr(self, "_samples"):
+            raise RuntimeError(
+                "count_samples needs weighting='samples' and, before the first step, optimizer.build(variables)."
+            )
+        self._counts_itself = False
+        self._samples.value.assign_add(tf.cast(samples, tf.int64))
+
+    def _count_batch(self) -> None:
+        """The batch of the ``train_step(data)`` that is calling us."""
+        if not self._counts_itself:
+            return
+        data = frames.caller_argument("train_step", "data")
+        if data is None:
+            raise RuntimeError(
+                "weighting='samples' needs to know the size of each batch, and there is no train_step(data) to ask: call "
+                "optimizer.count_samples(batch_size) in each step, before the gradients are applied."
+            )
+        self._samples.value.assign_add(tf.shape(keras.tree.flatten(data)[0], out_type=tf.int64)[0])
+
+    def _count_step(self) -> None:
+        """In cross-replica context, once per step in which every replica has taken part."""
+        self._steps.value.assign_add(1)
+        due = self._steps.value >= self._next_sync.value
+        if not tf.executing_eagerly():
+            assert self._memory is not None
+            graph.sync_if(due, self._synchronise, self._memory, self._touched())
+        elif due:
+            self._synchronise()
+
+    def _synchronise(self) -> None:
+        self._take_steps()
+        self._engine.synchronise()
+        self._set_next_sync()
+
+    def _take_steps(self) -> None:
+        samples = self._samples_so_far()
+        self._engine.step(self._updates() - self._engine.total, samples - self._counted)
+        self._counted = samples
+        self._timings.lap("compute")
+
+    def _samples_so_far(self) -> int:
+        return sum(int(components(v)[0].numpy()) for v in self._counters()[2:])
+
+    def _counters(self) -> list[Any]:
+        return [self._steps, self._next_sync, *([self._samples] if hasattr(self, "_samples") else [])]
+
+    def _touched(self) -> list[Any]:
+        """Every variable that a sync reads or writes."""
+        assert self._memory is not None
+        state = self._state.variables if self._settings.optimizer_state == "reset" else []
+        return [*self._memory.variables, *state, *self._counters()]
+
+    def _notice_loss_scaling(self) -> None:
+        """Under mixed_float16 Keras puts the optimizer that it is given into a LossScaleOptimizer.
+
+        That one skips ``apply`` on a rank whose gradients overflow, and tells nobody: the rank would fall behind the
+        others. So when it builds us, ask it to tell us.
+        """
+        wrapper = frames.caller_local("self", keras.optimizers.LossScaleOptimizer)
+        if wrapper is None or wrapper is self.inner_optimizer:
+            return
+        skip = wrapper._stateful_handle_non_finite_grads
+        if getattr(skip, "__name__", "") == "skip_and_count":
+            return
+        self.inner_optimizer.loss_scale_factor = None  # as it did with ours: one scale is enough
+
+        def skip_and_count() -> None:
+            skip()
+            self._begin_training()
+            self._count_step()
+
+        wrapper._stateful_handle_non_finite_grads = skip_and_count
+
+    # Training as a whole.
+
+    def _begin_training(self) -> bool:
+        """Once, before the first step: the same start everywhere. Whether that changed this rank's weights.
+
+        In a graph this happens while it is traced, before anything runs. Eagerly the first step has begun: its forward
+        pass has updated the statistics, each rank's its own, which the next sync averages.
+        """
+        if self._in_training:
+            return False
+        self._in_training = True
+        statistics = [] if tf.executing_eagerly() else self._statistics
+        with tf.init_scope():
+            if not all(exists(v) for v in self._trainable_variables):
+                raise RuntimeError(
+                    "The model is built while its first step is traced, too late to give all ranks the same weights. "
+                    "Build it before: begin with keras.Input, or call model.build(shape)."
+                )
+            self._make_engine(statistics)
+            moved = self._engine.begin(self._updates())  # more than zero after loading from a file
+            self._counted = self._samples_so_far()
+            self._set_next_sync()
+        return moved
+
+    def _make_engine(self, statistics: Sequence[Any]) -> None:
+        """Unless there is one for these variables."""
+        averaged = floats(
+            [*self._trainable_variables, *self._statistics, *keras_state.moving_averages(self.inner_optimizer)]
+        )
+        self._state = keras_state.State(self.inner_optimizer)
+        averaged += self._state.variables if self._settings.optimizer_state == "average" else []
+        if self._memory is None or not self._memory.holds(averaged):
+            communicator = devices.get()
+            self._memory = assemble.memory(communicator, averaged)
+            self._engine = assemble.engine(
+                self._settings, communicator, self._memory, self._timings, finish_at_exit=True
+            )
+        start = [*self._trainable_variables, *statistics, *self.inner_optimizer.variables]
+        self._memory.prepare(start, self._state.reset)
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """The end of training: wait for the slowest rank, average once more, print the table on rank 0."""
+        if self._in_training:
+            self._take_steps()
+            self._engine.finish()
+            self._in_training = False
+            if devices.rank() == 0:
+                print_table(self.totals, f"Local SGD, {self._settings.schedule}, {len(self.totals)} ranks")
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def _updates(self) -> int:
+        return int(components(self._steps)[0].numpy()) // self._steps_per_update
+
+    @property
+    def _steps_per_update(self) -> int:
+        return keras_state.innermost(self).gradient_accumulation_steps or 1
+
+    def _set_next_sync(self) -> None:
+        updates = min(self._engine.total + self._engine.interval, sys.maxsize // self._steps_per_update)
+        for part in components(self._next_sync):
+            part.assign(updates * self._steps_per_update)
+
+    # Everything else is the inner optimizer's.
+
+    @property
+    def variables(self) -> list[Any]:
+        """Ours, then the inner optimizer's."""
+        return [*self._variables, *self.inner_optimizer.variables]
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self) -> Any:
+        """The inner optimizer's iterations."""
+        return self.inner_optimizer.iterations
+
+    def scale_loss(self, loss: Any) -> Any:
+        """The inner optimizer's scaling of the loss."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Our counters; Keras saves the inner optimizer by itself."""
+        for i, variable in enumerate(self._variables):
+            store[str(i)] = variable.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """Our counters."""
+        for i, variable in enumerate(self._variables):
+            variable.assign(store[str(i)])
+
+    def get_config(self) -> dict[str, Any]:
+        """Without ``statistics``, which are variables of a model: pass them again to a model loaded from a file."""
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            **{key: keras.saving.serialize_keras_object(value) for key, value in self._settings.get_config().items()},
+            "timings": None if self._timings.folder is None else str(self._timings.folder),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> LocalSGDOptimizer:
+        """The inverse of ``get_config``."""
+        made = {
+            key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects) for key in config
+        }
+        return cls(**made)
+
+
+def _refuse_xla() -> None:
+    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        raise RuntimeError(
+            "LocalSGDOptimizer cannot call MPI from inside XLA. Compile the model with "
+            "compile(..., jit_compile=False), or use LocalSGDCallback, which works with jit_compile=True."
+        )

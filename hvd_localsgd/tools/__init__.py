@@ -1,0 +1,1 @@
+"""Commands, which stand beside what trains."""
