@@ -1,11 +1,12 @@
 # make demo   train for real on two ranks, and see where the time goes
 # make test   everything that is checked
+# make test-fast   what a change breaks first, in under 4 minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test horovod clean
+.PHONY: demo test test-fast horovod clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -13,11 +14,19 @@ demo: $(VENV)/ready
 
 # Without a C++ compiler the tests that need Horovod, or our kernel, are skipped, and say so.
 test: $(VENV)/ready
-	$(BIN)/python -m hvd_localsgd.build_horovod || echo 'NO HOROVOD: its tests are skipped'
-	$(BIN)/python -m hvd_localsgd.build_kernel || echo 'NO KERNEL: its tests are skipped'
+	$(BIN)/python -m hvd_localsgd.tools.build_horovod || echo 'NO HOROVOD: its tests are skipped'
+	$(BIN)/python -m hvd_localsgd.tools.build_kernel || echo 'NO KERNEL: its tests are skipped'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+# Everything that one process can show, then the parts and a front end on two ranks.
+test-fast: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/collective tests/test_decide.py tests/test_wings.py
+	$(BIN)/hvd-localsgd run -np 2 $(BIN)/pytest -q --color=no -m "not layouts" \
+	  tests/collective/test_parts.py tests/collective/test_averager.py tests/collective/test_callback.py
 
 .PHONY: $(VENV)
 $(VENV): $(VENV)/ready
@@ -33,7 +42,7 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py
 
 # Horovod for this environment: built once, kept as a wheel outside the tree, tried out on two ranks.
 horovod: $(VENV)/ready
-	$(BIN)/python -m hvd_localsgd.build_horovod
+	$(BIN)/python -m hvd_localsgd.tools.build_horovod
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

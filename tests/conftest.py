@@ -6,26 +6,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 
 import pytest
-import tensorflow as tf
 from hypothesis import settings
-from tensorflow.python.data.ops import dataset_ops
 
 # All ranks must draw the same examples, and a slow machine is no failure.
 settings.register_profile("ranks", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("ranks")
-
-
-# tf.data's tuning thread sleeps ever longer, up to a minute, and whoever frees an iterator waits for it to wake up.
-_iterate = dataset_ops.DatasetV2._apply_debug_options
-
-
-def _iterate_untuned(dataset):
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return _iterate(dataset.with_options(options))
-
-
-dataset_ops.DatasetV2._apply_debug_options = _iterate_untuned
 
 
 @pytest.fixture(scope="session")
@@ -46,14 +31,27 @@ def gather(lsgd):
     return MPI.COMM_WORLD.allgather
 
 
-@pytest.fixture(params=["in place", "together", "together by the kernel"])
-def layout(request, monkeypatch):
-    """Small variables averaged where they are, or copied into one array, as if there were many of them."""
-    from hvd_localsgd import build_kernel, variables
+@pytest.fixture
+def several_ranks(lsgd):
+    """For what one rank alone cannot show."""
+    if lsgd.size() == 1:
+        pytest.skip("there is one rank only")
 
-    if request.param != "in place":
-        monkeypatch.setattr(variables, "MANY", 1)
+
+IN_ONE_ARRAY = [pytest.param(way, marks=pytest.mark.layouts) for way in ("together", "together by the kernel")]
+
+
+@pytest.fixture(params=["in place", *IN_ONE_ARRAY])
+def layout(request, monkeypatch, lsgd):
+    """Small variables averaged where they are, or copied into one array, as if there were many of them."""
+    from hvd_localsgd.backends.tensorflow import kernel, together
+
+    if request.param == "in place":
+        return
+    if lsgd.size() == 1:
+        pytest.skip("one rank alone averages nothing")
+    monkeypatch.setattr(together, "MANY", 1)
     if request.param == "together":
-        monkeypatch.setattr(build_kernel, "load", lambda: None)
-    elif "kernel" in request.param and build_kernel.load() is None:
-        pytest.skip("the kernel is not built: python -m hvd_localsgd.build_kernel")
+        monkeypatch.setattr(kernel, "load", lambda: None)
+    elif kernel.load() is None:
+        pytest.skip("the kernel is not built: python -m hvd_localsgd.tools.build_kernel")

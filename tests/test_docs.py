@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from . import programs
+from . import launched
 
-PAGES = [programs.ROOT / "README.md", *sorted((programs.ROOT / "docs").glob("*.md"))]
+PAGES = [launched.ROOT / "README.md", *sorted((launched.ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
@@ -18,7 +18,7 @@ BLOCKS = [
 def test_python_blocks_run(block, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(f"import os; os.chdir({str(tmp_path)!r})\n{block}")
-    result = programs.mpirun(2, str(script), timeout=120)
+    result = launched.mpirun(2, str(script), timeout=120)
     assert result.status == 0, result.output
 
 
@@ -29,7 +29,7 @@ def test_links_lead_somewhere():
 
 
 def test_make_targets_in_the_documentation_exist():
-    makefile = (programs.ROOT / "Makefile").read_text()
+    makefile = (launched.ROOT / "Makefile").read_text()
     for page in PAGES:
         for target in re.findall(r"^(?:    )?make ([\w.]+)|`make ([\w.]+)`", page.read_text(), re.M):
             name = "".join(target)

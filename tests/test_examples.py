@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from . import programs
+from . import launched
 
 
 def accuracy(output: str) -> float:
@@ -17,7 +17,7 @@ def accuracy(output: str) -> float:
 
 @pytest.mark.parametrize("example", ["keras_fit.py", "custom_loop.py", "mirrored_strategy.py"])
 def test_example_reaches_its_accuracy(example):
-    result = programs.mpirun(2, f"examples/{example}", timeout=180)
+    result = launched.mpirun(2, f"examples/{example}", timeout=180)
     assert result.status == 0, result.output
     assert accuracy(result.output) >= 0.95, result.output
 
@@ -28,8 +28,8 @@ def test_keras_fit_without_a_launcher_reads_a_file(tmp_path):
     images = (labels[:, None, None] * 200 + random.integers(0, 50, (400, 8, 8))).astype("uint8")
     path = tmp_path / "data.npz"
     np.savez(path, x_train=images[:300], y_train=labels[:300], x_test=images[300:], y_test=labels[300:])
-    line = [programs.sys.executable, "examples/keras_fit.py", "--data", str(path), "--epochs", "2"]
-    result = programs.start(line, 120)
+    line = [launched.sys.executable, "examples/keras_fit.py", "--data", str(path), "--epochs", "2"]
+    result = launched.start(line, 120)
     assert result.status == 0, result.output
     assert re.search(r"test accuracy (0\.9|1\.0)", result.output.splitlines()[-1]), result.output
 
@@ -38,15 +38,15 @@ def test_keras_fit_says_what_is_wrong_with_a_file(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"not a zip file")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     for name, words in (("bad.npz", "cannot be read"), ("other.npz", "lacks"), ("none.npz", "cannot be read")):
-        line = [programs.sys.executable, "examples/keras_fit.py", "--data", str(tmp_path / name)]
-        result = programs.start(line, 120)
+        line = [launched.sys.executable, "examples/keras_fit.py", "--data", str(tmp_path / name)]
+        result = launched.start(line, 120)
         assert result.status != 0
         assert words in result.output, result.output
 
 
 def test_demo(tmp_path):
-    line = [programs.sys.executable, "benchmarks/demo.py", "--output", str(tmp_path)]
-    result = programs.start(line, 240)
+    line = [launched.sys.executable, "benchmarks/demo.py", "--output", str(tmp_path)]
+    result = launched.start(line, 240)
     assert result.status == 0, result.output
     runs = json.loads((tmp_path / "summary.json").read_text())["runs"]
     assert [(run["sync_every"], run["ranks"]) for run in runs] == [(1, 2), (16, 2)]
@@ -63,12 +63,12 @@ def test_demo(tmp_path):
 def test_plan_prints_what_theory_allows():
     numbers = ["--samples", "1000000", "--epochs", "10", "--ranks", "10", "--batch", "10", "--compute-ms", "10"]
     network = ["--model-mb", "100", "--bandwidth", "1", "--latency", "0"]
-    line = [programs.sys.executable, "-m", "hvd_localsgd.cli", "plan", *numbers, *network]
-    result = programs.start(line, 60)
+    line = [launched.sys.executable, "-m", "hvd_localsgd.tools.cli", "plan", *numbers, *network]
+    result = launched.start(line, 60)
     assert result.status == 0, result.output
     # T = 100,000; sqrt(T / (K b)) = 31.6; 2 * 9/10 * 100 MB at 125 MB/s = 1.44 s
     assert "T = 100000" in result.output
     assert "1.44e+03 ms" in result.output
     (convex,) = [text for text in result.output.splitlines() if "strongly convex" in text]
     assert convex.split()[:2] == ["31", "3226"]
-    assert programs.start([*line, "--ranks", "0"], 60).status == 2
+    assert launched.start([*line, "--ranks", "0"], 60).status == 2

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from . import programs
+from . import launched
 
 EVERY_RANK = {
     "raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
@@ -34,7 +34,7 @@ def error_lines(output, pattern, rank):
 
 @pytest.mark.parametrize("what", sorted(EVERY_RANK))
 def test_an_error_on_every_rank(what):
-    result = programs.mpirun(2, "tests/failing_program.py", what, timeout=90)
+    result = launched.mpirun(2, "tests/programs/failing_program.py", what, timeout=90)
     assert result.status != 0, result.output
     assert "not reached" not in result.output, result.output
     assert error_lines(result.output, EVERY_RANK[what], 0), result.output
@@ -49,7 +49,7 @@ def test_an_error_on_every_rank(what):
 
 def test_a_rank_that_is_killed_ends_the_job():
     began = time.monotonic()
-    result = programs.mpirun(2, "tests/failing_program.py", "dies", timeout=90)
+    result = launched.mpirun(2, "tests/programs/failing_program.py", "dies", timeout=90)
     assert result.status != 0, result.output
     assert "not reached" not in result.output, result.output
     assert time.monotonic() - began < 60
@@ -58,7 +58,7 @@ def test_a_rank_that_is_killed_ends_the_job():
 def test_the_wrong_mpirun_is_found_out():
     program = "import hvd_localsgd; hvd_localsgd.init()"
     environment = {"PMI_SIZE": "2", "PMI_RANK": "0"}
-    result = programs.start([programs.sys.executable, "-c", program], 60, environment)
+    result = launched.start([launched.sys.executable, "-c", program], 60, environment)
     assert result.status != 0
     assert "The launcher started 2 processes, but MPI" in result.output, result.output
     assert "which mpirun" in result.output
@@ -66,10 +66,10 @@ def test_the_wrong_mpirun_is_found_out():
 
 def test_a_missing_mpirun_is_said(tmp_path):
     program = (
-        "import sys; from hvd_localsgd import cli; sys.executable = '/nowhere/python'; "
+        "import sys; from hvd_localsgd.tools import cli; sys.executable = '/nowhere/python'; "
         "sys.exit(cli.main(['run', '-np', '2', 'x.py']))"
     )
-    result = programs.start([programs.sys.executable, "-c", program], 60, {"PATH": str(tmp_path)})
+    result = launched.start([launched.sys.executable, "-c", program], 60, {"PATH": str(tmp_path)})
     assert result.status == 2
     assert "mpirun was not found" in result.output
     assert "pip install 'hvd-localsgd[mpi]'" in result.output
@@ -77,7 +77,7 @@ def test_a_missing_mpirun_is_said(tmp_path):
 
 def test_a_missing_mpi_library_is_said(tmp_path):
     program = "import sys; sys.modules['mpi4py.MPI'] = None; import hvd_localsgd; hvd_localsgd.init('mpi')"
-    result = programs.start([programs.sys.executable, "-c", program], 60)
+    result = launched.start([launched.sys.executable, "-c", program], 60)
     assert result.status != 0
     assert "MPI cannot be loaded" in result.output
     assert "pip install 'hvd-localsgd[mpi]'" in result.output

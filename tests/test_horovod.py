@@ -8,45 +8,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import programs
+from . import launched
 
 needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None, reason="Horovod is not installed: make horovod"
 )
-PYTEST = ("-m", "pytest", "-q", "--color=no", "-k", "not together")  # Horovod takes tensors, not their memory
+IN_PLACE = ("-m", "not layouts")  # Horovod takes tensors, not their memory
 CHOSEN = {"HVD_LOCALSGD_COMMUNICATOR": "horovod"}
 
 
 def horovodrun(ranks, *program, timeout=300, environment=None):
     line = [str(Path(sys.executable).parent / "horovodrun"), "-np", str(ranks), sys.executable, *program]
-    path = {"PATH": f"{Path(sys.executable).parent}:{programs.os.environ['PATH']}"}
-    return programs.start(line, timeout, {**path, **(environment or {})})
-
-
-def assert_all_passed(result, ranks, at_least):
-    passed = [int(n) for n in re.findall(r"\b(\d+) passed", result.output)]
-    assert result.status == 0, result.output
-    assert len(passed) == ranks, result.output
-    assert min(passed) >= at_least, result.output
+    path = {"PATH": f"{Path(sys.executable).parent}:{launched.os.environ['PATH']}"}
+    return launched.start(line, timeout, {**path, **(environment or {})})
 
 
 @needs_horovod
-def test_parts_under_horovodrun():
-    tests = (*PYTEST, "tests/collective/test_parts.py")
-    assert_all_passed(horovodrun(2, *tests, environment=CHOSEN), 2, 14)
+def test_parts_under_horovodrun(tmp_path):
+    selection = (*IN_PLACE, "tests/collective/test_parts.py")
+    launched.assert_all_pass(horovodrun, 2, tmp_path, *selection, timeout=300, environment=CHOSEN)
 
 
 @needs_horovod
-def test_front_ends_over_horovod_under_mpirun():
-    files = ("tests/collective/test_callback.py", "tests/collective/test_optimizer.py")
-    result = programs.mpirun(2, *PYTEST, *files, timeout=900, environment=CHOSEN)
-    assert_all_passed(result, 2, 60)
+def test_front_ends_over_horovod_under_mpirun(tmp_path):
+    selection = (*IN_PLACE, "tests/collective/test_callback.py", "tests/collective/test_optimizer.py")
+    launched.assert_all_pass(launched.mpirun, 2, tmp_path, *selection, timeout=900, environment=CHOSEN)
 
 
 @needs_horovod
-def test_parts_over_horovod_on_four_ranks():
-    tests = (*PYTEST, "tests/collective/test_parts.py")
-    assert_all_passed(programs.mpirun(4, *tests, timeout=600, environment=CHOSEN), 4, 14)
+def test_parts_over_horovod_on_four_ranks(tmp_path):
+    selection = (*IN_PLACE, "tests/collective/test_parts.py")
+    launched.assert_all_pass(launched.mpirun, 4, tmp_path, *selection, timeout=600, environment=CHOSEN)
 
 
 @needs_horovod
@@ -66,7 +58,9 @@ def test_the_same_weights_over_mpi_and_horovod(ranks, tmp_path):
     for communicator in ("mpi", "horovod"):
         path = tmp_path / f"{communicator}.npz"
         chosen = {"HVD_LOCALSGD_COMMUNICATOR": communicator}
-        result = programs.mpirun(ranks, "-m", "tests.same_training", str(path), timeout=300, environment=chosen)
+        result = launched.mpirun(
+            ranks, "-m", "tests.programs.same_training", str(path), timeout=300, environment=chosen
+        )
         assert result.status == 0, result.output
         results[communicator] = dict(np.load(path))
         assert results[communicator].pop("communicator") == communicator
@@ -89,14 +83,14 @@ def test_both_in_one_process_in_either_order(first):
         f"seen = (c.name, len(ours), theirs, MPI.COMM_WORLD.allreduce(1)); c.gather(b''); "
         f"assert seen == ({chosen!r}, 2, 2.0, 2), seen"
     )
-    result = programs.mpirun(2, "-c", program)
+    result = launched.mpirun(2, "-c", program)
     assert result.status == 0, result.output
 
 
 @needs_horovod
 @pytest.mark.parametrize("what", ["raises", "shape"])
 def test_a_failure_reaches_every_rank_over_horovod(what):
-    result = programs.mpirun(2, "tests/failing_program.py", what, timeout=90, environment=CHOSEN)
+    result = launched.mpirun(2, "tests/programs/failing_program.py", what, timeout=90, environment=CHOSEN)
     assert result.status != 0
     assert "not reached" not in result.output
     words = {"raises": "rank 1 on .* failed: ValueError: trouble", "shape": "Ranks hold different models"}[what]
@@ -105,7 +99,7 @@ def test_a_failure_reaches_every_rank_over_horovod(what):
 
 def test_without_horovod_asking_for_it_says_how_to_get_it():
     program = "import sys; sys.modules['horovod'] = None; import hvd_localsgd; hvd_localsgd.init('horovod')"
-    result = programs.start([sys.executable, "-c", program], 60)
+    result = launched.start([sys.executable, "-c", program], 60)
     assert result.status != 0
     assert "Horovod for TensorFlow cannot be loaded" in result.output, result.output
     assert "make horovod" in result.output
@@ -117,21 +111,21 @@ def test_without_horovod_nothing_mentions_it():
         "model = keras.Sequential([keras.layers.Dense(1)]); model.compile('sgd', 'mse'); "
         "model.fit(np.ones((8, 2)), np.ones((8, 1)), callbacks=[lsgd.LocalSGDCallback(2)])"
     )
-    result = programs.mpirun(2, "-c", program)
+    result = launched.mpirun(2, "-c", program)
     assert result.status == 0, result.output
     assert "horovod" not in result.output.lower(), result.output
 
 
 def test_another_communicator_than_the_one_in_use_is_an_error():
     program = "import hvd_localsgd as lsgd; lsgd.init('serial'); lsgd.init(); lsgd.init('mpi')"
-    result = programs.start([sys.executable, "-c", program], 60)
+    result = launched.start([sys.executable, "-c", program], 60)
     assert result.status != 0
     assert "'serial' is in use already" in result.output
-    result = programs.start([sys.executable, "-c", "import hvd_localsgd as lsgd; lsgd.init('tcp')"], 60)
+    result = launched.start([sys.executable, "-c", "import hvd_localsgd as lsgd; lsgd.init('tcp')"], 60)
     assert "Received: 'tcp'" in result.output
 
 
 @needs_horovod
 def test_the_baseline_of_the_benchmarks_is_parallel_sgd():
-    result = programs.mpirun(2, "-m", "tests.baseline_program")
+    result = launched.mpirun(2, "-m", "tests.programs.baseline_program")
     assert result.status == 0, result.output

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from . import programs
+from . import launched
 
 PROGRAMS = all(shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") for name in ("slurmctld", "slurmd", "munged"))
 pytestmark = pytest.mark.skipif(
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 def srun(*program, timeout):
     line = ["tests/slurm_cluster", "srun", "--mpi=pmix", "--label", "-n", "2", sys.executable, *program]
-    return programs.start(line, timeout)
+    return launched.start(line, timeout)
 
 
 def test_srun_starts_ranks_that_average():
@@ -30,7 +30,7 @@ def test_srun_starts_ranks_that_average():
 
 
 def test_a_rank_that_raises_ends_the_step():
-    result = srun("tests/failing_program.py", "raises", timeout=90)
+    result = srun("tests/programs/failing_program.py", "raises", timeout=90)
     assert result.status != 0, result.output
     assert "not reached" not in result.output, result.output
     assert re.search(r"^0: .*rank 1 on .* failed: ValueError: trouble in the middle", result.output, re.M), (

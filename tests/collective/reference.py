@@ -43,26 +43,28 @@ def slots(optimizer) -> list:
 
 
 def local_sgd(
-    make_optimizer, interval, batches, *, epochs=1, batch=8, state="keep", weights=None, norm=True, flush=True
+    make_optimizer, interval, batches, *, epochs=1, batch=8, state="keep", weighting="equal", norm=True, flush=True
 ):
     """Algorithm 1 of Stich (2018) on ``len(batches)`` ranks; rank k has batches[k] batches an epoch.
 
-    Within an epoch a round gives each rank up to ``interval`` steps; ranks that took none have weight zero.
+    A round gives each rank up to ``interval`` steps; ranks that took none have weight zero.
+    ``batch``: samples in a batch, of all ranks or of each. ``weighting``: "equal", or by the "samples" of the round.
     ``flush``: a shorter round ends each epoch (the callback does that; the optimizer knows no epochs).
     Returns the models (equal after the last round) and the optimizers.
     """
     size = len(batches)
+    batch = np.broadcast_to(batch, size)
     models = [compiled(make_optimizer(), norm) for _ in range(size)]
     for model in models:
         model.optimizer.build(model.trainable_variables)
-    parts = [data(k, batches[k], batch) for k in range(size)]
+    parts = [data(k, batches[k], batch[k]) for k in range(size)]
     pending = np.zeros(size, int)
 
     def sync():
-        share = (pending > 0).astype("float64") if weights is None else np.where(pending > 0, weights, 0.0)
-        if not share.sum():
+        share = pending * batch if weighting == "samples" else pending > 0
+        if not share.any():
             return
-        share /= share.sum()
+        share = share / share.sum()
         for variables in zip(*(m.variables for m in models), strict=True):
             if "seed" not in variables[0].path:
                 mean = sum(w * v.numpy().astype("float64") for w, v in zip(share, variables, strict=True))
@@ -79,18 +81,17 @@ def local_sgd(
                     variable.assign(np.zeros(variable.shape, "float32"))
         pending[:] = 0
 
-    for _ in range(epochs):
-        for start in range(0, max(batches)):
+    stretches = [batches] * epochs if flush else [[epochs * own for own in batches]]
+    for stretch in stretches:
+        for step in range(max(stretch)):
             for k, model in enumerate(models):
-                if start < batches[k]:
-                    rows = slice(start * batch, (start + 1) * batch)
-                    model.train_on_batch(parts[k][0][rows], parts[k][1][rows])
+                if step < stretch[k]:
+                    start = step % batches[k] * batch[k]
+                    model.train_on_batch(*(part[start : start + batch[k]] for part in parts[k]))
                     pending[k] += 1
             if pending.max() == interval:
                 sync()
-        if flush:
-            sync()
-    sync()
+        sync()
     return models, [m.optimizer for m in models]
 
 

@@ -11,24 +11,7 @@ import pytest
 import tensorflow as tf
 
 from . import reference
-
-
-class Snapshots(keras.callbacks.Callback):
-    """Copies of all averaged variables at each batch end, as this place in the list of callbacks sees them."""
-
-    def __init__(self):
-        super().__init__()
-        self.taken = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.taken.append([np.array(v.numpy()) for v in self.model.variables if "seed" not in v.path])
-
-
-def fit(lsgd, model, rank_batches, callback, *, epochs=1, batch=8, callbacks=(), **arguments):
-    x, y = reference.data(lsgd.rank(), rank_batches, batch)
-    return model.fit(
-        x, y, batch_size=batch, epochs=epochs, shuffle=False, verbose=0, callbacks=[callback, *callbacks], **arguments
-    )
+from .helpers import Snapshots, fit
 
 
 @pytest.mark.usefixtures("layout")
@@ -87,9 +70,8 @@ def test_ranks_with_fewer_batches_stay_with_weight_zero(lsgd, gather, weighting)
     model = reference.compiled(keras.optimizers.SGD(0.05))
     callback = lsgd.LocalSGDCallback(sync_every=4, weighting=weighting)
     fit(lsgd, model, batches[lsgd.rank()], callback, epochs=2)
-    if weighting == "equal":
-        models, _ = reference.local_sgd(lambda: keras.optimizers.SGD(0.05), 4, batches, epochs=2)
-        reference.assert_close(model, models[0])
+    models, _ = reference.local_sgd(lambda: keras.optimizers.SGD(0.05), 4, batches, epochs=2, weighting=weighting)
+    reference.assert_close(model, models[0])
     reference.assert_same_everywhere(gather, model)
     assert len(set(gather(len(callback.timings)))) == 1
     assert sum(r.steps for r in callback.timings) == 2 * batches[lsgd.rank()]

@@ -24,18 +24,26 @@ def wrapped(lsgd, model_name_to_inner, interval, **arguments):
     return lsgd.LocalSGDOptimizer(INNER[model_name_to_inner](), sync_every=interval, **arguments)
 
 
-def run(how, model, x, y, batch=8):
-    """One epoch in order, five ways."""
-    if how in ("fit", "steps_per_execution", "run_eagerly"):
-        model.fit(x, y, batch_size=batch, shuffle=False, verbose=0)
-        return
+def training_step(model, count_samples=False):
+    """A step of a loop of one's own, which is not Keras' ``train_step(data)``."""
 
     def step(xs, ys):
+        if count_samples:
+            model.optimizer.count_samples(tf.shape(xs)[0])
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean((model(xs, training=True) - ys) ** 2)
         gradients = tape.gradient(loss, model.trainable_variables)
         model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
 
+    return step
+
+
+def run(how, model, x, y, batch=8):
+    """One epoch in order, five ways."""
+    if how in ("fit", "steps_per_execution", "run_eagerly"):
+        model.fit(x, y, batch_size=batch, shuffle=False, verbose=0)
+        return
+    step = training_step(model)
     if how == "tf_function":
         step = tf.function(step)
     for start in range(0, len(x), batch):
@@ -106,13 +114,46 @@ def test_exponential_moving_averages_end_equal(lsgd, gather):
     reference.assert_same_everywhere(gather, model)
 
 
-def test_ranks_with_fewer_batches_wait_for_the_others(lsgd, gather):
+@pytest.mark.parametrize("weighting", ["equal", "samples"])
+def test_ranks_with_fewer_batches_wait_for_the_others(lsgd, gather, weighting):
     batches = [5 + 4 * k for k in range(lsgd.size())]
-    model = reference.compiled(wrapped(lsgd, "sgd", 4), batch_normalization=False)
-    run("fit", model, *reference.data(lsgd.rank(), batches[lsgd.rank()]))
-    models, _ = reference.local_sgd(INNER["sgd"], 4, batches, norm=False)
+    model = reference.compiled(wrapped(lsgd, "sgd", 4, weighting=weighting), batch_normalization=False)
+    x, y = reference.data(lsgd.rank(), batches[lsgd.rank()])
+    model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    models, _ = reference.local_sgd(INNER["sgd"], 4, batches, epochs=2, weighting=weighting, norm=False, flush=False)
     reference.assert_close(model, models[0])
     reference.assert_same_everywhere(gather, model)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_custom_loop_counts_its_samples(lsgd, gather, eager):
+    """Ranks with batches of different sizes, and different numbers of them."""
+    rank, size = lsgd.rank(), lsgd.size()
+    sizes, batches = [4 * (k + 1) for k in range(size)], [5 + 4 * (size - 1 - k) for k in range(size)]
+    model = reference.compiled(wrapped(lsgd, "sgd", 4, weighting="samples"), batch_normalization=False)
+    model.optimizer.build(model.trainable_variables)
+    step = training_step(model, count_samples=True)
+    step = step if eager else tf.function(step)
+    x, y = reference.data(rank, batches[rank], sizes[rank])
+    for start in range(0, len(x), sizes[rank]):
+        step(tf.constant(x[start : start + sizes[rank]]), tf.constant(y[start : start + sizes[rank]]))
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    models, _ = reference.local_sgd(INNER["sgd"], 4, batches, batch=sizes, weighting="samples", norm=False)
+    reference.assert_close(model, models[0])
+    reference.assert_same_everywhere(gather, model)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_custom_loop_that_does_not_count_its_samples_is_an_error(lsgd, eager):
+    model = reference.compiled(wrapped(lsgd, "sgd", 4, weighting="samples"), batch_normalization=False)
+    step = training_step(model)
+    with pytest.raises(RuntimeError, match="count_samples"):
+        (step if eager else tf.function(step))(*map(tf.constant, reference.data(lsgd.rank(), 1)))
+
+
+def test_counting_samples_before_the_optimizer_is_built_is_an_error(lsgd):
+    with pytest.raises(RuntimeError, match=r"optimizer\.build"):
+        wrapped(lsgd, "sgd", 4, weighting="samples").count_samples(8)
 
 
 @pytest.mark.parametrize("order", ["LossScale(LocalSGD)", "LocalSGD(LossScale)", "mixed_float16"])

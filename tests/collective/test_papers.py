@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_localsgd import averaging, devices, plan
+from hvd_localsgd import devices
+from hvd_localsgd.core import settings
+from hvd_localsgd.tools import plan
 
 from . import reference
-from .test_callback import Snapshots, fit
+from .helpers import Snapshots, fit
 
 
 @pytest.mark.parametrize("validate", [False, True])
@@ -247,7 +249,7 @@ def test_unknown_choices(lsgd, arguments, words):
     with pytest.raises(ValueError, match=words):
         lsgd.LocalSGDCallback(4, **arguments)
     with pytest.raises(ValueError, match="balanced"):
-        averaging.Settings(lsgd.OneShot(), interval="balanced")
+        settings.Settings(lsgd.OneShot(), interval="balanced")
 
 
 def test_plan_adds_up(lsgd):

@@ -9,7 +9,9 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvd_localsgd import averaging, build_kernel, devices, header, schedules, timing, variables
+from hvd_localsgd import devices
+from hvd_localsgd.backends.tensorflow import kernel, memory, together
+from hvd_localsgd.core import agreement, header, layout, reducers
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -18,16 +20,6 @@ shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 @pytest.fixture
 def communicator(lsgd):
     return devices.get()
-
-
-def make_engine(communicator, averaged, **settings):
-    return averaging.LocalSGD(
-        communicator,
-        averaged,
-        variables.State(),
-        averaging.Settings(schedules.Constant(1), **settings),
-        timing.Timings(),
-    )
 
 
 def test_allreduce_sums_and_broadcast_copies(communicator):
@@ -48,7 +40,8 @@ def test_the_ring_sums_and_gives_all_ranks_the_same_bits(communicator, gather, e
         pytest.skip("the ring is MPI's")
     own = np.random.default_rng(communicator.rank).normal(size=elements).astype(np.float32)
     everyone = gather(own.astype("float64"))
-    communicator._allreduce_ring(own)
+    (chunk,) = layout.plan([layout.Block(elements, own.dtype, True)], None)
+    reducers.Ring(communicator, None).sum(chunk, own)
     np.testing.assert_allclose(own, np.sum(everyone, axis=0), rtol=1e-5, atol=1e-6)
     assert len(set(gather(own.tobytes()))) == 1
 
@@ -56,17 +49,15 @@ def test_the_ring_sums_and_gives_all_ranks_the_same_bits(communicator, gather, e
 def test_tuning_chooses_alike_on_every_rank(communicator, gather, monkeypatch):
     monkeypatch.delenv("HVD_LOCALSGD_CHUNK_MB", raising=False)
     part = communicator.subgroup([list(range(communicator.size))])
-    part.tune(1 << 30)
-    assert len(set(gather((part.chunk_bytes, getattr(part, "_ring", None))))) == 1
+    chosen = reducers.fastest(part, 1 << 30)
+    assert len(set(gather((chosen.chunk_bytes, type(chosen).__name__)))) == 1
     buffer = np.arange(100_000, dtype=np.float32) * (communicator.rank + 1)
-    part.allreduce(buffer)
+    (chunk,) = layout.plan([layout.Block(buffer.size, buffer.dtype, True)], None)
     total = communicator.size * (communicator.size + 1) / 2
-    np.testing.assert_allclose(buffer, np.arange(100_000) * total, rtol=1e-6)
+    np.testing.assert_allclose(chosen.sum(chunk, buffer), np.arange(100_000) * total, rtol=1e-6)
     if communicator.name == "mpi":
-        assert part._tuned
         monkeypatch.setenv("HVD_LOCALSGD_CHUNK_MB", "3")
-        part.tune(1 << 30)
-        assert part.chunk_bytes == 3 << 20
+        assert reducers.fastest(part, 1 << 30).chunk_bytes == 3 << 20
 
 
 @given(st.lists(st.binary(max_size=50), min_size=4, max_size=4))
@@ -111,10 +102,8 @@ def test_the_average_is_numpys_for_any_shapes_and_dtypes(lsgd, gather, specs, se
     values = [tf.cast(random.normal(size=shape), dtype) for shape, dtype in specs]
     own = [tf.Variable(value) for value in values]
     copies = [np.array(v.numpy(), "float64") for v in own]
-    engine = make_engine(communicator, own)
-    engine.begin([])
-    engine.local_steps(1)
-    engine.synchronise()
+    averager = lsgd.ModelAverager(own, 1, broadcast=False)
+    averager.step()
     everyone = gather(copies)
     for i, (variable, (_, dtype)) in enumerate(zip(own, specs, strict=True)):
         mean = np.mean([other[i] for other in everyone], axis=0)
@@ -122,7 +111,7 @@ def test_the_average_is_numpys_for_any_shapes_and_dtypes(lsgd, gather, specs, se
         np.testing.assert_allclose(np.array(variable.numpy(), "float64"), mean, rtol=tolerance, atol=tolerance)
     contents = gather([v.numpy().tobytes() for v in own])
     assert all(content == contents[0] for content in contents)
-    engine.finish()
+    averager.finish()
 
 
 @given(
@@ -130,12 +119,10 @@ def test_the_average_is_numpys_for_any_shapes_and_dtypes(lsgd, gather, specs, se
 )
 def test_chunks_hold_every_element_once(specs, capacity):
     wires = [np.dtype(np.float64 if double else np.float32) for _, double, _ in specs]
-    blocks = [
-        variables.Block([i], size, wire, whole)
-        for i, ((size, _, whole), wire) in enumerate(zip(specs, wires, strict=True))
-    ]
+    blocks = [layout.Block(size, wire, whole) for (size, _, whole), wire in zip(specs, wires, strict=True)]
     seen = [np.zeros(size, int) for size, _, _ in specs]
-    for chunk in averaging._chunks(blocks, capacity * 8):
+    for number, chunk in enumerate(layout.plan(blocks, capacity * 8)):
+        assert chunk.number == number
         assert 0 < chunk.elements * chunk.dtype.itemsize <= capacity * 8
         offset = 0
         for index, start, stop, at in chunk.pieces:
@@ -149,103 +136,100 @@ def test_chunks_hold_every_element_once(specs, capacity):
 
 
 @pytest.mark.usefixtures("layout")
-def test_a_model_of_many_chunks(communicator, gather):
+def test_a_model_of_many_chunks(lsgd, communicator, gather):
     random = np.random.default_rng(communicator.rank)
     shapes = [(1200, 1000), (3,), (700, 999), (), (1,)]
     own = [tf.Variable(random.normal(size=shape).astype("float32")) for shape in shapes]
     copies = [v.numpy().astype("float64") for v in own]
-    engine = make_engine(communicator, own)
-    engine.begin([])
-    engine.local_steps(1)
-    engine.synchronise()
+    averager = lsgd.ModelAverager(own, 1, broadcast=False)
+    averager.step()
     everyone = gather(copies)
     for i, variable in enumerate(own):
         mean = np.mean([other[i] for other in everyone], axis=0)
         np.testing.assert_allclose(variable.numpy(), mean, rtol=1e-5, atol=1e-6)
     flat = np.array([np.concatenate([v.reshape(-1) for v in other]) for other in everyone])
     drift = np.sqrt(np.mean(np.sum((flat - flat.mean(0)) ** 2, axis=1)))
-    assert engine.timings.rounds[0].drift == pytest.approx(drift, rel=0.02), "estimated from a part of every chunk"
-    engine.finish()
+    assert averager.timings[0].drift == pytest.approx(drift, rel=0.02), "estimated from a part of every chunk"
+    averager.finish()
 
 
-@pytest.mark.skipif(build_kernel.load() is None, reason="not built: python -m hvd_localsgd.build_kernel")
+@pytest.mark.skipif(kernel.load() is None, reason="not built: python -m hvd_localsgd.tools.build_kernel")
 def test_the_kernel_refuses_what_does_not_fit():
-    kernel = build_kernel.load()
+    operations = kernel.load()
     own = [tf.Variable([1.0, 2.0]), tf.Variable([[3.0]], dtype="bfloat16")]
     handles = [v.handle for v in own]
     for size in (2, 4):
         with pytest.raises(tf.errors.InvalidArgumentError, match=r"values"):
-            kernel.hvd_localsgd_read_variables(handles=handles, T=tf.float32, size=size)
+            operations.hvd_localsgd_read_variables(handles=handles, T=tf.float32, size=size)
     with pytest.raises(tf.errors.InvalidArgumentError, match="3 values, but the array has 4"):
-        kernel.hvd_localsgd_write_variables(handles=handles, flat=tf.zeros(4))
+        operations.hvd_localsgd_write_variables(handles=handles, flat=tf.zeros(4))
     with pytest.raises(tf.errors.InvalidArgumentError, match="dtype int32"):
-        kernel.hvd_localsgd_read_variables(handles=[tf.Variable([1]).handle], T=tf.float32, size=1)
-    kernel.hvd_localsgd_write_variables(handles=handles, flat=[4.0, 5.0, 6.0])
+        operations.hvd_localsgd_read_variables(handles=[tf.Variable([1]).handle], T=tf.float32, size=1)
+    operations.hvd_localsgd_write_variables(handles=handles, flat=[4.0, 5.0, 6.0])
     assert [v.numpy().tolist() for v in own] == [[4.0, 5.0], [[6.0]]]
 
 
-@pytest.mark.skipif(build_kernel.load() is None, reason="not built: python -m hvd_localsgd.build_kernel")
+@pytest.mark.skipif(kernel.load() is None, reason="not built: python -m hvd_localsgd.tools.build_kernel")
 def test_the_kernel_spares_an_operation_for_each_variable():
-    own = [tf.Variable([float(i)]) for i in range(variables.MANY + 1)]
-    small = variables.VariableSet(own)
-    assert len(small._expose_compiled.graph.get_operations()) < 20
+    own = [tf.Variable([float(i)]) for i in range(together.MANY + 1)]
+    small = memory.TensorFlowMemory(own)
+    graph = tf.function(small.expose).get_concrete_function().graph
+    assert len(graph.get_operations()) < 20 + len(own), "the handles, and few operations more"
     with small.open() as arrays:
-        np.testing.assert_array_equal(arrays[0][0], np.arange(len(own)))
+        np.testing.assert_array_equal(arrays[0], np.arange(len(own)))
 
 
 def test_the_start_is_rank_0s_stretch_by_stretch(communicator, monkeypatch):
-    monkeypatch.setattr(variables, "_PIECE", 4)
+    monkeypatch.setattr(agreement, "STRETCH", 4)
     rank = communicator.rank
     arrays = [np.arange(10.0) + 5 * rank * (np.arange(10) == 9), np.full((3, 3), rank), np.array(7.0 + rank)]
     own = [
         tf.Variable(array, dtype=dtype) for array, dtype in zip(arrays, ["float32", "int64", "bfloat16"], strict=True)
     ]
     held = own[0].read_value()
-    assert variables.broadcast(own, communicator) == (rank > 0)
+    start = memory.TensorFlowMemory(own[:1] + own[2:])
+    start.prepare(own, lambda: None)
+    assert start.broadcast(communicator) == (rank > 0)
     for variable, expected in zip(own, [np.arange(10), np.zeros((3, 3)), 7], strict=True):
         np.testing.assert_array_equal(np.array(variable.numpy(), "float64"), expected)
     np.testing.assert_array_equal(held.numpy(), arrays[0])
-    assert not variables.broadcast(own, communicator)
+    assert not start.broadcast(communicator)
 
 
+@pytest.mark.usefixtures("several_ranks")
 @pytest.mark.parametrize("difference", ["shape", "dtype", "count", "name", "settings"])
-def test_different_models_are_an_error_on_every_rank(communicator, difference):
-    odd = communicator.rank == communicator.size - 1 and communicator.size > 1
+def test_different_models_are_an_error_on_every_rank(lsgd, communicator, difference):
+    odd = communicator.rank == communicator.size - 1
     shape = (3, 2) if odd and difference == "shape" else (2, 3)
     dtype = "float64" if odd and difference == "dtype" else "float32"
     name = "other" if odd and difference == "name" else "kernel"
     own = [keras.Variable(np.zeros(shape), dtype=dtype, name=name)]
     if odd and difference == "count":
         own.append(keras.Variable(np.zeros(1), name="more"))
-    engine = make_engine(communicator, own, optimizer_state="reset" if odd and difference == "settings" else "keep")
-    if communicator.size == 1:
-        engine.begin([])
-        engine.finish()
-        return
+    averager = lsgd.ModelAverager(own, 1, weighting="samples" if odd and difference == "settings" else "equal")
     expected = "Settings differ" if difference == "settings" else "Ranks hold different models"
     with pytest.raises(ValueError, match=rf"{expected}.*rank {communicator.size - 1} on "):
-        engine.begin([])
+        averager.begin()
 
 
-def test_keras_own_numbering_of_layers_is_no_difference(communicator):
+def test_keras_own_numbering_of_layers_is_no_difference(lsgd, communicator):
     for _ in range(communicator.rank):
         keras.layers.Dense(1)
     layer = keras.layers.Dense(2)
     layer.build((None, 3))
-    engine = make_engine(communicator, layer.trainable_variables)
-    engine.begin(layer.trainable_variables)
-    engine.finish()
+    averager = lsgd.ModelAverager(layer.trainable_variables, 1)
+    averager.begin()
+    averager.finish()
 
 
-def test_ranks_in_different_places_are_told_so(communicator):
-    if communicator.size == 1:
-        pytest.skip("one rank is always in the same place as itself")
-    engine = make_engine(communicator, [tf.Variable([1.0])])
-    engine.begin([])
+@pytest.mark.usefixtures("several_ranks")
+def test_ranks_in_different_places_are_told_so(lsgd, communicator):
+    averager = lsgd.ModelAverager([tf.Variable([1.0])], 1)
+    averager.begin()
     with pytest.raises(header.RankFailed, match="Some ranks start to train while others"):
-        engine.synchronise() if communicator.rank == 0 else engine.begin([])
+        averager.step() if communicator.rank == 0 else averager.begin()
 
 
-def test_nothing_to_average(communicator):
+def test_nothing_to_average(lsgd):
     with pytest.raises(ValueError, match="nothing to average"):
-        make_engine(communicator, [])
+        lsgd.ModelAverager([], 1).begin()

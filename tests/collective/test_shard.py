@@ -90,16 +90,16 @@ def test_a_dataset_of_unknown_length_is_dealt_out(lsgd, gather):
                 lsgd.shard(dataset(), **wrong)
 
 
+@pytest.mark.usefixtures("several_ranks")
 def test_shards_differ_by_seed(lsgd, gather):
-    if lsgd.size() > 1:
-        assert gather(read(lsgd.shard(np.arange(100), seed=1))) != gather(read(lsgd.shard(np.arange(100), seed=2)))
+    assert gather(read(lsgd.shard(np.arange(100), seed=1))) != gather(read(lsgd.shard(np.arange(100), seed=2)))
 
 
+@pytest.mark.usefixtures("several_ranks")
 @pytest.mark.parametrize("make", [as_array, as_dataset, as_pydataset])
 def test_an_empty_shard_is_an_error_on_every_rank(lsgd, make):
-    if lsgd.size() > 1:
-        with pytest.raises(ValueError, match=rf"{lsgd.size() - 1} .* cannot be shared by {lsgd.size()} ranks"):
-            lsgd.shard(make(lsgd.size() - 1))
+    with pytest.raises(ValueError, match=rf"{lsgd.size() - 1} .* cannot be shared by {lsgd.size()} ranks"):
+        lsgd.shard(make(lsgd.size() - 1))
 
 
 def test_wrong_arguments(lsgd):

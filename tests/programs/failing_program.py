@@ -1,4 +1,4 @@
-"""One thing goes wrong on one rank: python tests/failing_program.py WHAT."""
+"""One thing goes wrong on one rank: python tests/programs/failing_program.py WHAT."""
 
 import os
 import sys

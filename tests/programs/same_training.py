@@ -1,4 +1,4 @@
-"""Train with every front end and optimizer, and save the weights: python -m tests.same_training FILE."""
+"""Train with every front end and optimizer, and save the weights: python -m tests.programs.same_training FILE."""
 
 import os
 import sys

@@ -1,12 +1,15 @@
 """Run programs on real MPI ranks, with a limit on time and every rank's output in the failure."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
-from hvd_localsgd import launch
+from hvd_localsgd.tools import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,3 +52,17 @@ def mpirun(
     line, defaults = launch.command(ranks, [sys.executable, *program])
     line[1:1] = ["--tag-output", *options]
     return start(line, timeout, {**defaults, **(environment or {})})
+
+
+def assert_all_pass(launcher: Callable[..., Result], ranks: int, folder: Path, *selection: str, **arguments) -> None:
+    """Every rank passes or skips each test that pytest collects for a selection. Ranks write their results to ``folder``."""
+    collection = start([sys.executable, "-m", "pytest", "--collect-only", "-q", *selection], 120)
+    collected = re.search(r"^(\d+)(?:/\d+)? tests collected", collection.output, re.M)
+    assert collected, collection.output
+    own_file = f"--junitxml={folder}/$OMPI_COMM_WORLD_RANK.xml"  # which pytest expands, on each rank
+    result = launcher(ranks, "-m", "pytest", "-q", "--color=no", own_file, *selection, **arguments)
+    assert result.status == 0, result.output
+    for rank in range(ranks):
+        (suite,) = ElementTree.parse(folder / f"{rank}.xml").getroot()
+        numbers = [int(suite.attrib[key]) for key in ("tests", "failures", "errors")]
+        assert numbers == [int(collected[1]), 0, 0], f"rank {rank} of {ranks}\n{result.output}"

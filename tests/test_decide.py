@@ -1,0 +1,91 @@
+"""The decision is a pure function of the header table: no MPI here."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_localsgd.core import header, protocol
+from hvd_localsgd.core.schedules import Growing
+from hvd_localsgd.core.settings import Settings
+
+RANK = st.fixed_dictionaries(
+    {
+        "model": st.just(7),
+        "position": st.sampled_from([0.0, 1.0, 2.0, np.inf]),
+        "steps": st.integers(0, 1000),
+        "total": st.integers(0, 10**6),
+        "samples": st.floats(0, 1e9),
+        "due": st.booleans(),
+        "pace": st.one_of(st.just(0.0), st.floats(1e-6, 1e3)),
+        "finite": st.booleans(),
+        "stop": st.booleans(),
+    }
+)
+TABLES = st.lists(RANK, min_size=1, max_size=64).map(lambda rows: np.stack([header.row(**row) for row in rows]))
+SETTINGS = st.builds(
+    Settings,
+    st.one_of(st.integers(1, 100), st.builds(Growing, st.floats(0.1, 10))),
+    weighting=st.sampled_from(["equal", "samples"]),
+    interval=st.sampled_from(["equal", "balanced"]),
+)
+
+
+@given(TABLES, SETTINGS)
+def test_weights_sum_to_one_or_nobody_steps_and_who_did_not_step_has_none(table, settings):
+    decision = protocol.decide(table, settings)
+    assert (decision.weights >= 0).all()
+    assert (decision.weights[table["steps"] == 0] == 0).all()
+    if table["steps"].any():
+        assert decision.weights.sum() == pytest.approx(1, abs=1e-9)
+    else:
+        assert not decision.weights.any()
+        assert not decision.average
+
+
+@given(TABLES, SETTINGS, st.randoms())
+def test_another_order_of_ranks_only_changes_the_order_of_the_answer(table, settings, random):
+    order = list(range(len(table)))
+    random.shuffle(order)
+    one, other = protocol.decide(table, settings), protocol.decide(table[order], settings)
+    np.testing.assert_array_equal(one.weights[order], other.weights)  # to the bit
+    np.testing.assert_array_equal(one.intervals[order], other.intervals)
+    assert sorted(order.index(rank) for rank in one.unfinite) == list(other.unfinite)
+    rest = {"weights", "intervals", "unfinite"}
+    for each in dataclasses.fields(protocol.Decision):
+        assert each.name in rest or getattr(one, each.name) == getattr(other, each.name), each.name
+
+
+@given(TABLES, SETTINGS)
+def test_it_is_the_same_on_every_rank_and_changes_nothing(table, settings):
+    before = table.copy()
+    one, other = protocol.decide(table, settings), protocol.decide(table.copy(), settings)
+    np.testing.assert_array_equal(table, before)
+    assert one.weights.tobytes() == other.weights.tobytes()
+    assert one.intervals.tobytes() == other.intervals.tobytes()
+
+
+@given(TABLES, SETTINGS)
+def test_every_round_has_steps_and_h_is_the_schedules_unless_balanced(table, settings):
+    intervals = protocol.decide(table, settings).intervals
+    assert (intervals >= 1).all()
+    if settings.interval == "equal":
+        assert set(intervals.tolist()) == {settings.schedule.interval(int(table["total"].max()))}
+
+
+def test_by_hand():
+    rows = [
+        {"steps": 4, "total": 12, "samples": 30.0, "due": True, "pace": 0.1, "position": 2.0, "finite": True},
+        {"steps": 2, "total": 10, "samples": 10.0, "due": False, "pace": 0.2, "position": 1.0, "finite": False},
+        {"steps": 0, "total": 8, "samples": 0.0, "due": False, "pace": 0.1, "position": 3.0, "finite": True, "stop": True},
+    ]
+    table = np.stack([header.row(**row) for row in rows])
+    decision = protocol.decide(table, Settings(10, weighting="samples", interval="balanced"))
+    assert decision.weights.tolist() == [0.75, 0.25, 0.0]
+    # Speeds 10, 5 and 10 steps a second: 10 on average take 10 / (25 / 3) = 1.2 s, six steps of the slowest.
+    assert decision.intervals.tolist() == [12, 6, 12]
+    assert (decision.average, decision.stop, decision.unfinite) == (True, True, (1,))
+    assert (decision.reached, decision.step) == (1.0, 12)
+    assert not protocol.decide(table[1:], Settings(10)).average, "nobody's round is over"
