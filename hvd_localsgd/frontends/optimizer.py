@@ -17,6 +17,7 @@ from hvd_localsgd.backends.tensorflow import graph
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 from hvd_localsgd.backends.tensorflow.variables import components, floats
 from hvd_localsgd.core import settings
+from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.timing import Round, Timings
 from hvd_localsgd.frontends import frames, keras_state
@@ -127,7 +128,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             self._count_batch()
         if not dropped:
             self.inner_optimizer.apply(grads, trainable_variables)
-        _maybe_merge_call(lambda strategy: self._count_step(), tf.distribute.get_strategy())
+        _maybe_merge_call(self._count_step, tf.distribute.get_strategy(), next(g for g in grads if g is not None))
 
     def count_samples(self, samples: Any) -> None:
         """For ``weighting="samples"`` in a loop of your own: the step that comes next is on so many (an integer, scalar)."""
@@ -150,9 +151,15 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             )
         self._samples.value.assign_add(tf.shape(keras.tree.flatten(data)[0], out_type=tf.int64)[0])
 
-    def _count_step(self) -> None:
-        """In cross-replica context, once per step in which every replica has taken part."""
-        self._steps.value.assign_add(1)
+    def _count_step(self, strategy: Any, gradient: Any = ()) -> None:
+        """In cross-replica context, once per step in which every replica has taken part.
+
+        A graph must not count before there is a gradient: where data end it is run once more, and stops when it asks for a batch.
+        """
+        with tf.control_dependencies(
+            tf.nest.flatten(strategy.experimental_local_results(gradient), expand_composites=True)
+        ):
+            self._steps.value.assign_add(1)
         due = self._steps.value >= self._next_sync.value
         if not tf.executing_eagerly():
             graph.call_if(due, self._end_of_round, self._touched(), self._memory)
@@ -205,7 +212,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         def skip_and_count() -> None:
             skip()
             self._begin_if_due()
-            self._count_step()
+            self._count_step(tf.distribute.get_strategy())
 
         wrapper._stateful_handle_non_finite_grads = skip_and_count
 
@@ -239,8 +246,12 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
 
     def _begin(self) -> bool:
         """Whether that changed this rank's weights."""
-        moved = self._engine.begin(self._updates())  # more than zero after loading from a file
+        context = Context({"front end": type(self).__name__}, [keras_state.describe(self.inner_optimizer)])
+        moved = self._engine.begin(self._updates(), context)  # more than zero after loading from a file
         self._in_training, self._take_back = True, None
+        if self._engine.total != self._updates():  # rank 0 has taken other steps
+            for part in components(self._steps):
+                part.assign(self._engine.total * self._steps_per_update)
         self._counted = self._samples_so_far()
         self._set_next_sync()
         return moved

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from . import reference
+from .helpers import Snapshots
 
 
 def make():
@@ -131,3 +132,48 @@ def test_a_rank_that_begins_elsewhere_takes_its_first_step_back(lsgd):
     assert kernel.numpy()[0, 0] == pytest.approx(0.5 * (size - 1) / size)
     optimizer.finalize_variable_values([kernel])
     assert np.isfinite(kernel.numpy()).all()
+
+
+@pytest.mark.parametrize("habit", ["evaluate", "reset_metrics"])
+def test_samples_are_counted_whatever_happens_to_the_metrics(lsgd, gather, habit):
+    x, y = reference.data(lsgd.rank(), 6, 4 * (lsgd.rank() + 1))
+
+    class Habit(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if habit == "evaluate":
+                self.model.evaluate(x[:2], y[:2], verbose=0)
+            else:
+                self.model.reset_metrics()
+
+    before = Snapshots()
+    model = reference.compiled(keras.optimizers.SGD(0.05), batch_normalization=False)
+    callback = lsgd.LocalSGDCallback(3, weighting="samples")
+    callbacks = [before, callback, Habit()]
+    model.fit(x, y, batch_size=4 * (lsgd.rank() + 1), shuffle=False, verbose=0, callbacks=callbacks)
+    weights = np.arange(lsgd.size()) + 1.0
+    for i, variable in enumerate(model.variables):
+        mean = np.average([own[-1][i].astype("float64") for own in gather(before.taken)], axis=0, weights=weights)
+        np.testing.assert_allclose(variable.numpy(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("front_end", ["callback", "optimizer"])
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_data_that_does_not_know_its_length(lsgd, gather, front_end, steps_per_execution):
+    x, y = reference.data(lsgd.rank(), 7)
+    signature = tuple(tf.TensorSpec((8, n), tf.float32) for n in (reference.FEATURES, 1))
+
+    def batches():
+        for i in range(0, 56, 8):
+            yield x[i : i + 8], y[i : i + 8]
+
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    optimizer, callbacks = keras.optimizers.SGD(0.05), []
+    if front_end == "callback":
+        trainer = lsgd.LocalSGDCallback(3)
+        callbacks.append(trainer)
+    else:
+        trainer = optimizer = lsgd.LocalSGDOptimizer(optimizer, 3)
+    model = reference.compiled(optimizer, batch_normalization=False, steps_per_execution=steps_per_execution)
+    model.fit(dataset, epochs=4, verbose=0, callbacks=callbacks)
+    reference.assert_same_everywhere(gather, model)
+    assert sum(r.steps for r in trainer.timings) == 28, "Keras' own iterations say 32"

@@ -66,9 +66,7 @@ class TensorFlowMemory:
         """Whether the compiled kernel reads and writes small variables here."""
         return any(isinstance(way, Together) and way.uses_kernel for way in self._ways)
 
-    def prepare(
-        self, start: Sequence[Any], reset_state: Callable[[], None], statistics: Sequence[Any] = ()
-    ) -> None:
+    def prepare(self, start: Sequence[Any], reset_state: Callable[[], None], statistics: Sequence[Any] = ()) -> None:
         """For a training that is about to begin.
 
         Args:
