@@ -270,8 +270,10 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         if not hasattr(self, "_memory") or not self._memory.holds(averaged):
             communicator = devices.get()
             self._memory = assemble.memory(communicator, averaged)
+            # Who leaves a fit has left it in the middle; a loop of the user's may end without a word.
+            inside_fit = frames.caller_argument("fit", "epochs") is not None
             self._engine = assemble.engine(
-                self._settings, communicator, self._memory, self._timings, finish_at_exit=True
+                self._settings, communicator, self._memory, self._timings, finish_at_exit=not inside_fit
             )
         self._memory.prepare(self._start(), self._state.reset, self._statistics)
 
