@@ -25,12 +25,10 @@ def memory(communicator: Communicator, averaged: Sequence[Any]) -> Any:
 
     Raises:
         TypeError: arrays and variables are mixed, or some cannot be averaged.
-        ValueError: there is nothing to average, or an array is not contiguous or cannot be written to.
+        ValueError: an array is not contiguous or cannot be written to.
     """
-    if not averaged:
-        raise ValueError("The model has no trainable weights and no float statistics: there is nothing to average.")
     arrays = [isinstance(each, np.ndarray) for each in averaged]
-    if all(arrays):
+    if arrays and all(arrays):
         from hvd_localsgd.backends.numpy import NumpyMemory
 
         return NumpyMemory(averaged)

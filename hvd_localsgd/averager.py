@@ -10,6 +10,7 @@ from typing import Any
 from hvd_localsgd import assemble, devices
 from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.core import settings
+from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.pipeline import Memory
 from hvd_localsgd.core.reducers import Reducer
@@ -75,7 +76,7 @@ class ModelAverager:
         """All ranks agree on what is averaged, and get rank 0's values."""
         if self._engine is None:
             self._engine = self._make_engine()
-        self._engine.begin()
+        self._engine.begin(context=Context({"front end": type(self).__name__}))
         self._training = True
 
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
@@ -111,7 +112,8 @@ class ModelAverager:
         communicator = self._communicator or devices.get()
         memory: Any = self._variables
         if not hasattr(memory, "blocks"):
-            averaged = list(memory)
+            if not (averaged := list(memory)):
+                raise ValueError("The list of variables is empty: there is nothing to average.")
             memory = assemble.memory(communicator, averaged)
             memory.prepare(averaged if self._broadcast else (), lambda: None)
         return assemble.engine(

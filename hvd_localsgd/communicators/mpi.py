@@ -19,6 +19,7 @@ from hvd_localsgd.errors import CommunicatorError
 _SPIN_SECONDS = 2e-3
 _LONGEST_PAUSE = 1e-3
 _ANSWER_SECONDS = 5e-4
+STALL_SECONDS = float(os.environ.get("HVD_LOCALSGD_STALL_WARNING", "60"))  # of waiting, until it is said for whom
 
 
 class MPICommunicator(Communicator):
@@ -63,19 +64,25 @@ class MPICommunicator(Communicator):
 
     def _use(self, comm: Any) -> None:
         node = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-        self._comm = comm
+        self._comm, self._notices = comm, comm.Dup()
+        self._exchanges, self._arrived = 0, np.zeros(comm.Get_size(), np.int64)
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         self.host = self._mpi.Get_processor_name()
+        self._hosts = [host.decode() for host in self.gather(self.host.encode())]
         node.Free()
 
     def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
         """Non-blocking allgather, polled, so that a rank that waits long does not burn a core."""
         table = np.empty(self.size, row.dtype)
         request = self._comm.Iallgather(np.ascontiguousarray(row).reshape(1).view(np.uint8), table.view(np.uint8))
-        started, pause = time.perf_counter(), 0.0
+        self._exchanges += 1
+        started, pause, said = time.perf_counter(), 0.0, 0
         while not request.Test():
             waited = time.perf_counter() - started
+            if waited > (STALL_SECONDS if said else STALL_SECONDS / 10) * max(said, 1):
+                self._say_who_is_missing(waited, said)
+                said += 1
             if timeout is not None and waited > timeout:
                 raise TimeoutError(f"not all ranks came within {timeout} s")
             if waited < _SPIN_SECONDS:
@@ -83,7 +90,34 @@ class MPICommunicator(Communicator):
             else:
                 pause = min(pause + 5e-5, _LONGEST_PAUSE)
                 time.sleep(pause)
+        self._read_notices()
         return table
+
+    def _say_who_is_missing(self, waited: float, said: int) -> None:
+        """First tell ranks 0 and 1 that this one is waiting; later they, who know who else is, say who is not."""
+        if not said:
+            here = np.array([self.rank, self._exchanges], np.int64)
+            others = [rank for rank in (0, 1) if rank != self.rank and rank < self.size]
+            self._sent = here, [self._notices.Isend(here, rank) for rank in others]  # kept until they have arrived
+            return
+        self._read_notices()
+        self._arrived[self.rank] = self._exchanges
+        missing = np.flatnonzero(self._arrived < self._exchanges)
+        speaker = 0 if self._arrived[0] == self._exchanges else 1
+        if self.rank == speaker and missing.size:
+            names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in missing[:8])
+            more = f" and {missing.size - 8} more" if missing.size > 8 else ""
+            print(
+                f"hvd_localsgd: rank {self.rank} on {self.host} has waited for {waited:.0f} s; not here: {names}{more}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _read_notices(self) -> None:
+        notice = np.empty(2, np.int64)
+        while self._notices.Iprobe():
+            self._notices.Recv(notice)
+            self._arrived[notice[0]] = notice[1]
 
     def allreduce(self, values: np.ndarray) -> np.ndarray:
         """MPI_Allreduce in place."""

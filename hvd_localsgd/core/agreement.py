@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,36 @@ import numpy as np
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.errors import RanksDiffer
 
+_SAME = "Build the same model, and the same optimizer, on every rank."
 STRETCH = 1 << 20  # elements broadcast at a time
 
 
-def describe(settings: Settings, variables: Sequence[Sequence[Any]]) -> str:
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a front end knows of a training that must be the same on all ranks.
+
+    Attributes:
+        facts: name and value.
+        parts: of the model, in words, in order: its layers and what they compute; its optimizer.
+    """
+
+    facts: Mapping[str, str] = field(default_factory=dict)
+    parts: Sequence[str] = ()
+
+
+NOTHING = Context()
+
+
+def describe(settings: Settings, variables: Sequence[Sequence[Any]], context: Context) -> str:
     """All that must be the same on all ranks, as text.
 
     Args:
         settings: what the user chose.
         variables: ``[name, shape, dtype]`` of each that is ever sent, in order.
+        context: what the front end knows besides.
     """
-    return json.dumps([settings.description(), *variables])
+    facts = {**context.facts, **settings.description()}
+    return json.dumps([facts, list(context.parts), list(variables)])
 
 
 def fingerprint(description: str) -> int:
@@ -43,23 +63,20 @@ def check(communicator: Any, fingerprints: np.ndarray, description: str) -> None
 def _first_difference(communicator: Any, description: str) -> str:
     entries = [json.loads(entry) for entry in communicator.gather(description.encode())]
     names = hosts(communicator)
-    first_settings, *first = entries[0]
-    for rank, (settings, *variables) in enumerate(entries):
+    first_facts, first_parts, first_variables = entries[0]
+    for rank, (facts, parts, variables) in enumerate(entries):
         who, whose = where([rank], names), where([0], names)
-        for name, value in settings.items():
-            if value != first_settings.get(name):
-                return f"Settings differ: {who} has {name}={value}, {whose} has {name}={first_settings.get(name)}."
-        for index, (theirs, ours) in enumerate(zip(variables, first, strict=False)):
-            if theirs != ours:
+        for name in {**first_facts, **facts}:
+            if facts.get(name) != first_facts.get(name):
                 return (
-                    f"Ranks hold different models: variable {index} is {theirs} on {who}, but {ours} on {whose} "
-                    "(name, shape, dtype). Build the same model, and the same optimizer, on every rank."
+                    f"Settings differ: {who} has {name}={facts.get(name)}, {whose} has {name}={first_facts.get(name)}."
                 )
-        if len(variables) != len(first):
-            return (
-                f"Ranks hold different models: {len(variables)} variables on {who}, {len(first)} on {whose}. "
-                "Build the same model, and the same optimizer, on every rank."
-            )
+        for what, theirs, ours in (("variable", variables, first_variables), ("part", parts, first_parts)):
+            for index, (one, other) in enumerate(zip(theirs, ours, strict=False)):
+                if one != other:
+                    return f"Ranks hold different models: {what} {index} is {one} on {who}, but {other} on {whose}. {_SAME}"
+            if len(theirs) != len(ours):
+                return f"Ranks hold different models: {len(theirs)} {what}s on {who}, {len(ours)} on {whose}. {_SAME}"
     return "Ranks hold different models."  # not reached: a different fingerprint has a different description
 
 

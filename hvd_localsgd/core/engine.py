@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from hvd_localsgd.core import agreement, failures, header, protocol
+from hvd_localsgd.core.agreement import NOTHING, Context
 from hvd_localsgd.core.pipeline import Outcome, Pipeline
 from hvd_localsgd.core.progress import BEGIN, FINISHED, Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
@@ -41,13 +42,14 @@ class LocalSGD:
         self._settings, self._coordination, self._timings = settings, coordination, timings
         self._pipeline, self._memory, self._progress = pipeline, pipeline.memory, Progress()
 
-    def begin(self, total: int | None = None) -> bool:
+    def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
         """The same start everywhere: all ranks agree on what will be sent, then get rank 0's values.
 
-        Returns whether that changed, on this rank, what is averaged. ``total``: local steps taken before, if not counted here.
-        Raises, on every rank, ValueError naming the first difference; RankFailed if another is in the middle of training.
+        Returns whether that changed, on this rank, what is averaged. ``total``: local steps taken before, if not counted here;
+        rank 0's counts. ``context``: what must be the same besides settings and variables. Raises, on every rank, ValueError
+        naming the first difference; RankFailed if another is in the middle of training.
         """
-        description = agreement.describe(self._settings, self._memory.description())
+        description = agreement.describe(self._settings, self._memory.description(), context)
         self._model = agreement.fingerprint(description)
         self._progress.total = self._progress.total if total is None else total
         failures.begin(self)
@@ -59,6 +61,7 @@ class LocalSGD:
             moved = self._memory.broadcast(self.communicator)
             self._pipeline.start()
             self._coordination.start()
+        self._progress.total = int(table["total"][0])
         self._progress.begin(int(protocol.decide(table, self._settings).intervals[0]))  # no rank has a pace yet
         self._timings.begin(self.communicator.rank)
         return moved

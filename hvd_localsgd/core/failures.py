@@ -1,4 +1,7 @@
-"""A rank that fails must not leave the others waiting: it tells them, they raise too, the job ends non-zero.
+"""A rank that fails, or leaves, must not leave the others waiting: it tells them, they raise too, the job ends non-zero.
+
+Every way out of a process but its death takes part in one last exchange of headers, which says "left". Where all ranks leave
+that is the end; a rank that waits for one that has left raises, naming it.
 
 What is kept here is kept for the process: whether it is in the middle of something with the other ranks, whether they know
 already that the job has failed, and who the other ranks count on.
@@ -10,11 +13,10 @@ import atexit
 import contextlib
 import sys
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -45,7 +47,9 @@ class _Process:
     busy: bool = False  # in the middle of a sync: an error now must not start another collective call
     failed: bool = False  # all ranks know that the job has failed
     communicator: Any = None  # of the job
-    training: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    status: Any = 0  # what sys.exit was given
+    # Not weakly: a trainer made inside a function is collected while SystemExit unwinds, and nobody would be left to tell.
+    training: dict[int, Any] = field(default_factory=dict)
 
 
 _process = _Process()
@@ -53,13 +57,13 @@ _process = _Process()
 
 def begin(trainer: Trainer) -> None:
     """From now on the other ranks count on this one."""
-    _process.training.add(trainer)
+    _process.training[id(trainer)] = trainer
     _process.failed = False
 
 
 def end(trainer: Trainer) -> None:
     """All ranks have finished, or all have failed."""
-    _process.training.discard(trainer)
+    _process.training.pop(id(trainer), None)
 
 
 @contextlib.contextmanager
@@ -80,14 +84,18 @@ def install(communicator: Any) -> None:
     if _process.communicator is not None or communicator.size == 1:
         return
     _process.communicator = communicator
-    previous = sys.excepthook
+    show, leave = sys.excepthook, sys.exit
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        previous(kind, error, trace)
+        show(kind, error, trace)
         end_job(communicator, error)
 
-    sys.excepthook = excepthook
-    atexit.register(_leave_all)
+    def exit_with(status: Any = None, /) -> NoReturn:
+        _process.status = status or 0
+        leave(status)
+
+    sys.excepthook, sys.exit = excepthook, exit_with
+    atexit.register(_leave)
 
 
 def end_job(communicator: Any, error: BaseException) -> None:
@@ -106,10 +114,28 @@ def end_job(communicator: Any, error: BaseException) -> None:
     communicator.abort()
 
 
-def _leave_all() -> None:
-    """The process ends without an error."""
-    for trainer in list(_process.training):
-        if trainer.finish_at_exit:
+def _leave() -> None:
+    """The process ends, and not by our excepthook."""
+    communicator = _process.communicator
+    if (error := getattr(sys, "last_value", None)) is not None and not _process.failed:
+        end_job(communicator, error)  # somebody else's excepthook has shown it
+    for trainer in list(_process.training.values()):
+        if not trainer.finish_at_exit:
+            end_job(trainer.communicator, RuntimeError(f"the process ended in the middle of training{_with_status()}"))
+        try:
             trainer.finish()
-        else:
-            end_job(trainer.communicator, RuntimeError("the process ended in the middle of training"))
+        except BaseException as failure:  # from here nobody else would end the job
+            sys.__excepthook__(type(failure), failure, failure.__traceback__)
+            end_job(communicator, failure)
+    if _process.busy:
+        end_job(communicator, RuntimeError("the process ended in the middle of a sync"))
+    if header.leave(communicator, f"has ended{_with_status()}, and others wait for it"):
+        return
+    with contextlib.suppress(Exception):
+        communicator.exchange(np.zeros((), np.uint8), timeout=TELL_SECONDS)  # the others are showing their errors
+        time.sleep(0.2)
+    communicator.abort()
+
+
+def _with_status() -> str:
+    return f" (exit status {_process.status!r})" if _process.status else ""

@@ -20,6 +20,7 @@ HEADER = np.dtype(
         ("finite", np.bool_),  # no NaN or infinity in this rank's weights
         ("stop", np.bool_),  # this rank wants training to stop
         ("failed", np.bool_),  # this rank has raised an error and is about to end
+        ("left", np.bool_),  # this rank has ended in good order, and takes part in nothing more
     ]
 )
 
@@ -36,13 +37,25 @@ def exchange(communicator: Any, own: np.ndarray) -> np.ndarray:
     """All ranks' headers, by rank (collective).
 
     Raises:
-        RankFailed: a rank says that it has failed; on every rank, with that rank's own words.
+        RankFailed: a rank says that it has failed, or has left; on every rank, with that rank's own words.
     """
     table = communicator.exchange(own)
-    if table["failed"].any():
+    if (table["failed"] | table["left"]).any():
         words = [entry.decode() for entry in communicator.gather(b"")]
-        raise RankFailed("; ".join(words[rank] for rank in np.flatnonzero(table["failed"])))
+        raise RankFailed("; ".join(words[rank] for rank in np.flatnonzero(table["failed"] | table["left"])))
     return table
+
+
+def leave(communicator: Any, words: str) -> bool:
+    """The last exchange: this rank takes part in nothing more; whether all ranks have left (collective).
+
+    Args:
+        words: how it left, for those that were counting on it.
+    """
+    table = communicator.exchange(row(left=True))
+    if not table["left"].all():
+        communicator.gather(f"rank {communicator.rank} on {communicator.host} {words}".encode())
+    return bool(table["left"].all())
 
 
 def tell_failure(communicator: Any, error: BaseException, timeout: float) -> bool:

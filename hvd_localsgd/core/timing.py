@@ -89,6 +89,7 @@ class Timings(Stopwatch):
         super().__init__()
         self.rounds: list[Round] = []
         self.totals: list[dict[str, Any]] = []  # of all ranks, once training has ended
+        self._first = 0  # round of this training
         self.folder = folder
         self._file: TextIO | None = None
 
@@ -101,6 +102,7 @@ class Timings(Stopwatch):
             self._file.seek(max(0, self._file.seek(0, 2) - 1))
             if self._file.read() not in ("", "\n"):  # a run was killed as it wrote: its last line ends here
                 self._file.write("\n")
+        self._first = len(self.rounds)
         self.restart()
 
     def end_round(self, **facts: Any) -> None:
@@ -115,11 +117,11 @@ class Timings(Stopwatch):
         self.restart()
 
     def sums(self) -> dict[str, Any]:
-        """Sums over this rank's rounds: each part, wall, residual (s), bytes, steps, syncs; and its rank and host.
+        """Sums over this rank's rounds of this training: each part, wall, residual (s), bytes, steps, syncs; and its rank and host.
 
         ``staleness`` is the mean over syncs.
         """
-        rounds = self.rounds
+        rounds = self.rounds[self._first :]
         sums: dict[str, Any] = {
             name: sum(getattr(r, name) for r in rounds) for name in (*PARTS, "wall", "residual", "bytes", "steps")
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from hvd_localsgd import assemble, devices
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 from hvd_localsgd.backends.tensorflow.variables import finish_device_work
 from hvd_localsgd.core import settings
+from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.schedules import Schedule
 from hvd_localsgd.core.timing import PARTS, Round, Timings
@@ -33,7 +33,7 @@ class LocalSGDCallback(Callback):
     the epoch's logs are averaged over ranks before the callbacks behind it see them, so that EarlyStopping,
     ReduceLROnPlateau and ModelCheckpoint decide alike on every rank.
 
-    At train begin all ranks get rank 0's weights and optimizer state. Syncs follow every H local steps (with
+    When the first epoch begins all ranks get rank 0's weights and optimizer state. Syncs follow every H local steps (with
     ``steps_per_execution`` > 1 at the first batch end at or past that), before validation, before the epoch ends,
     and at train end. Ranks may have different numbers of batches: one that has run out stays in the syncs with
     weight zero until all are done. Rank 0 alone prints progress, and at the end a table of where the time went.
@@ -44,7 +44,7 @@ class LocalSGDCallback(Callback):
 
     Attributes:
         timings: list of ``hvd_localsgd.core.timing.Round``, this rank's rounds, oldest first.
-        totals: after ``fit``, sums over those rounds, one dict per rank; the same on every rank.
+        totals: after ``fit``, sums over its rounds, one dict per rank; the same on every rank.
 
     Raises:
         ValueError: an argument is not one of the above; in ``fit``: ranks hold different models or settings.
@@ -54,6 +54,7 @@ class LocalSGDCallback(Callback):
 
     _engine: LocalSGD  # made when training begins
     _memory: TensorFlowMemory | None = None
+    _counted_for: Any = None
 
     def __init__(self, sync_every: int | Schedule = 16, *, timings: str | Path | None = None, **options: Any) -> None:
         super().__init__()
@@ -73,27 +74,27 @@ class LocalSGDCallback(Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """The same model, weights and optimizer state on all ranks."""
-        model, optimizer = self.model, self.model.optimizer
+        model = self.model
         if keras.backend.backend() != "tensorflow":
             raise RuntimeError(
                 f"hvd_localsgd works with Keras on TensorFlow; this is Keras on {keras.backend.backend()!r}. "
                 "Set KERAS_BACKEND=tensorflow."
             )
-        _check_not_wrapped(optimizer)
+        for optimizer in keras_state.optimizers(model):
+            _check_not_wrapped(optimizer)
         self._look_at_the_other_callbacks()
-        _build(model)
-        self._make_engine(model, optimizer)
-        self._engine.begin()
+        _build(model, self._settings.optimizer_state)
         self._input = InputProbe(model)
         self._epochs_begun = 0
         self._training = True
-        self._warn_about_steps_per_execution()
 
-    def _make_engine(self, model: keras.Model, optimizer: Any) -> None:
-        """Unless there is one for these variables: what it has compiled is kept from fit to fit."""
-        averaged = [*keras_state.of_model(model), *keras_state.moving_averages(optimizer)]
-        state = keras_state.State(optimizer)
+    def _begin(self, epoch: int) -> None:
+        """When the first epoch begins: callbacks behind this one have had their turn, and may have restored something."""
+        model, optimizers = self.model, keras_state.optimizers(self.model)
+        state = keras_state.State(*optimizers)
+        averaged = self._averaged()
         averaged += state.variables if self._settings.optimizer_state == "average" else []
+        # What an engine has compiled is kept from fit to fit.
         if self._memory is None or not self._memory.holds(averaged):
             communicator = devices.get()
             self._memory = assemble.memory(communicator, averaged)
@@ -101,32 +102,80 @@ class LocalSGDCallback(Callback):
                 self._settings, communicator, self._memory, self._timings, finish_at_exit=False
             )
         seeds = {id(v) for v in model.variables if "seed_generator_state" in v.path}
-        self._memory.prepare([v for v in (*model.variables, *optimizer.variables) if id(v) not in seeds], state.reset)
+        start = {id(v): v for v in (*model.variables, *(v for each in optimizers for v in each.variables))}
+        self._memory.prepare([v for v in start.values() if id(v) not in seeds], state.reset)
+        facts = {"front end": type(self).__name__, "first epoch": str(epoch)}
+        context = Context(facts, [*keras_state.describe_layers(model), *map(keras_state.describe, optimizers)])
+        self._engine.begin(self._steps_before(), context)
+        keras_state.finalize(model)
+        self._warn_about_steps_per_execution()
+
+    def _averaged(self) -> list[Any]:
+        averages = [v for each in keras_state.optimizers(self.model) for v in keras_state.moving_averages(each)]
+        return [*keras_state.of_model(self.model), *averages]
+
+    def _steps_before(self) -> int | None:
+        """Steps in an earlier life, which the optimizer of a model from a file knows; None: the engine has counted."""
+        optimizer = self.model.optimizer
+        if optimizer is None or optimizer is self._counted_for:
+            return None
+        self._counted_for = optimizer
+        return self._updates_done()
+
+    def _check_still_the_same(self) -> None:
+        assert self._memory is not None
+        known = set(map(id, self._memory.variables))
+        if new := [v.path for v in self._averaged() if id(v) not in known]:
+            raise ValueError(
+                f"{', '.join(new[:4])} became trainable during fit, and would be each rank's own: what is averaged is fixed when "
+                "fit begins. End this fit, compile, and fit again."
+            )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Two positions per epoch: 2e + 1 when its steps are done, 2e + 2 when its logs are averaged."""
+        if self._epochs_begun == 0:
+            self._begin(epoch)
         self._position = 2.0 * self._epochs_begun
         self._epochs_begun += 1
         self._steps_done = False
-        self._batches, self._uncounted = 0, False
-        self._counted = self._train_samples = self._validation_samples = 0.0
+        self._batches = 0
+        self._updates_before = self._updates_done() if self.model.steps_per_execution > 1 else 0
+        self._train_samples = self._validation_samples = 0.0
         self._first_round = len(self.timings)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Whatever came before was not computing."""
         self._timings.lap("input")
+        if self._settings.weighting == "samples":
+            self._seen_before = self._samples()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """One local step, or ``steps_per_execution`` of them; a sync if the round is over."""
         engine = self._engine
         self._timings.lap("compute")
-        done = min(batch + 1, self.params.get("steps") or sys.maxsize)  # the last execution may be a short one
-        due = engine.step(done - self._batches)
-        self._batches, self._uncounted = done, True
+        done = self._batches_done(batch)
+        due = engine.step(done - self._batches, self._step_samples(done - self._batches))
+        if not self._batches:
+            self._check_still_the_same()
+        self._batches = done
         if due:
             finish_device_work()
             self._timings.lap("compute")
             self._synchronise(engine.synchronise)
+
+    def _batches_done(self, batch: int) -> int:
+        """Of this epoch. The last execution of several may be a short one, and Keras does not say so."""
+        if self.model.steps_per_execution == 1:
+            return batch + 1
+        if known := self.params.get("steps"):
+            return min(batch + 1, known)
+        return self._updates_done() - self._updates_before
+
+    def _updates_done(self) -> int:
+        """Steps that the optimizer has taken in its life; with gradient accumulation, to a multiple."""
+        optimizer = self.model.optimizer
+        accumulated = keras_state.innermost(optimizer).gradient_accumulation_steps or 1
+        return int(keras.ops.convert_to_numpy(optimizer.iterations)) * accumulated
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Validation sees the averaged model."""
@@ -154,6 +203,8 @@ class LocalSGDCallback(Callback):
         """All ranks end together, with the same weights; rank 0 prints the table."""
         self._training = False
         self._input.remove()
+        if not self._epochs_begun:
+            return
         if self.model.stop_training:
             self._engine.request_stop()
         self._engine.finish()
@@ -165,10 +216,6 @@ class LocalSGDCallback(Callback):
     def _synchronise(self, sync: Callable[[], list[bytes]]) -> list[bytes]:
         engine = self._engine
         self._input.estimate(self._timings)
-        if self._settings.weighting == "samples" and self._uncounted:
-            counted = self._samples()
-            engine.step(0, counted - self._counted)
-            self._counted, self._uncounted = counted, False
         if self.model.stop_training:
             engine.request_stop()
         messages = sync()
@@ -179,9 +226,18 @@ class LocalSGDCallback(Callback):
     def _finish_training_steps(self) -> None:
         if not self._steps_done:  # on_test_begin may have been here before on_epoch_end
             self._steps_done = True
+            self._check_still_the_same()
             self._timings.lap("input")
             self._train_samples = self._samples()
             self._synchronise(lambda: self._engine.meet(self._position + 1))
+
+    def _step_samples(self, steps: int) -> float:
+        """Of the steps just taken: what they added to the count, which others may reset or add to between steps."""
+        if self._settings.weighting == "equal":
+            return 0.0
+        return self._samples() - self._seen_before or float(
+            steps
+        )  # a train_step of its own may not count: then by steps
 
     def _samples(self) -> float:
         """Samples seen since the metrics were reset, which Keras' own loss metric counts."""
@@ -224,9 +280,12 @@ class LocalSGDCallback(Callback):
             )
 
 
-def _build(model: keras.Model) -> None:
-    """Make all weights now: Keras may leave that to the first step, too late to give all ranks the same."""
-    if not all(layer.built for layer in model._flatten_layers()):
+def _build(model: keras.Model, optimizer_state: str) -> None:
+    """Make all weights now: Keras may leave that to the first step, too late to give all ranks the same.
+
+    Built is what has its variables: a model whose ``train_step`` calls built parts needs no ``call``.
+    """
+    if not all(layer.built for layer in model._flatten_layers(include_self=False)) or not model.layers:
         batches = frames.caller_local("epoch_iterator")
         if batches is None:
             raise ValueError(
@@ -234,8 +293,14 @@ def _build(model: keras.Model) -> None:
             )
         model._symbolic_build(iterator=batches)
         batches.reset()
-    if not model.optimizer.built:
+    if model.optimizer is not None and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
+    late = [type(each).__name__ for each in keras_state.optimizers(model) if not each.built]
+    if late and optimizer_state != "keep":
+        raise ValueError(
+            f"optimizer_state={optimizer_state!r} needs the state of {', '.join(late)}, which the model's train_step builds "
+            "later: call optimizer.build(variables) before fit."
+        )
 
 
 def _check_not_wrapped(optimizer: Any) -> None:

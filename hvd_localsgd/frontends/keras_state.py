@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import keras
@@ -22,25 +25,37 @@ def of_model(model: keras.Model) -> list[keras.Variable]:
 
 
 class State:
-    """The optimizer's float state (momentum, moments), without rates, counters and moving averages of weights.
+    """The float state of optimizers (momentum, moments), without rates, counters and moving averages of weights.
 
     Args:
-        optimizer: a built Keras optimizer, or None for an empty state.
+        optimizers: built Keras optimizers.
     """
 
-    def __init__(self, optimizer: Any = None) -> None:
-        inner = innermost(optimizer)
-        own = optimizer.variables if optimizer is not None else []
-        others = {id(v) for v in (*moving_averages(optimizer), *(getattr(inner, "_accumulated_gradients", None) or []))}
-        self.variables = [v for v in floats(own) if id(v) not in others and len(v.shape) > 0]
-        filled = getattr(inner, "_accumulators", [])  # Adagrad's and Ftrl's accumulators do not start at zero
-        self._initial = {id(v): inner.initial_accumulator_value for v in filled}
+    def __init__(self, *optimizers: Any) -> None:
+        self.variables: list[Any] = []
+        self._initial: dict[int, float] = {}
+        for optimizer in optimizers:
+            inner = innermost(optimizer)
+            accumulated = getattr(inner, "_accumulated_gradients", None) or []
+            others = {id(v) for v in (*moving_averages(optimizer), *accumulated)}
+            self.variables += [v for v in floats(optimizer.variables) if id(v) not in others and len(v.shape) > 0]
+            filled = getattr(inner, "_accumulators", [])  # Adagrad's and Ftrl's accumulators do not start at zero
+            self._initial |= {id(v): inner.initial_accumulator_value for v in filled}
 
     def reset(self) -> None:
-        """What the optimizer starts with; its iterations and learning-rate schedule go on."""
+        """What the optimizers start with; their iterations and learning-rate schedules go on."""
         for variable in self.variables:
             for part in components(variable):
                 part.assign(tf.fill(part.shape, tf.cast(self._initial.get(id(variable), 0.0), part.dtype)))
+
+
+def optimizers(model: keras.Model) -> list[Any]:
+    """Those that train the model: the one that it was compiled with, and those that a ``train_step`` of its own keeps."""
+    found = [model.optimizer]
+    for value in vars(model).values():
+        several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found += [each for each in several if isinstance(each, keras.optimizers.Optimizer)]
+    return list({id(each): each for each in found if each is not None}.values())
 
 
 def moving_averages(optimizer: Any) -> list[Any]:
@@ -54,3 +69,47 @@ def innermost(optimizer: Any) -> Any:
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer
+
+
+def describe_layers(model: keras.Model) -> Iterator[str]:
+    """What each layer computes, in words: the same on two ranks only if the layers are, but for names and random seeds."""
+    for layer in model._flatten_layers(include_self=False):
+        yield describe(layer) + _vocabulary(layer)
+
+
+def _vocabulary(layer: Any) -> str:
+    """Of a lookup layer: which rows of an embedding belong to which words."""
+    try:
+        words = repr(list(layer.get_vocabulary()))
+    except Exception:  # no lookup layer, or one that has none yet
+        return ""
+    return f" vocabulary {sha256(words.encode()).hexdigest()[:12]}"
+
+
+def describe(part: Any) -> str:
+    """Class and configuration of a layer or an optimizer, in words, without names, random seeds and numeric learning rates."""
+    try:
+        config = part.get_config()
+    except Exception:  # a class of the user's may have none, or one that needs arguments we do not know
+        config = {}
+    return f"{type(part).__name__} {json.dumps(_plain(config), sort_keys=True)}"
+
+
+def _plain(value: Any, policy: bool = False) -> Any:
+    """As JSON; what is not a plain value counts by its class."""
+    if isinstance(value, dict):
+        policy = policy or "DTypePolicy" in str(value.get("class_name"))  # the one whose name says what it is
+        left_out = {"seed", *(() if policy else ("name",))}
+        if isinstance(value.get("learning_rate"), float):  # rank 0's is everybody's
+            left_out.add("learning_rate")
+        return {str(key): _plain(item, policy) for key, item in value.items() if key not in left_out}
+    if isinstance(value, list | tuple):
+        return [_plain(item, policy) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+
+
+def finalize(model: keras.Model) -> None:
+    """Let layers that compute with tensors made from their variables (Normalization) make them again."""
+    for layer in model._flatten_layers(include_self=False):
+        if isinstance(layer, keras.layers.Normalization) and layer.built:
+            layer.finalize_state()

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from hvd_localsgd import assemble, devices
 from hvd_localsgd.backends.tensorflow import graph
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
-from hvd_localsgd.backends.tensorflow.variables import components, exists, floats
+from hvd_localsgd.backends.tensorflow.variables import components, floats
 from hvd_localsgd.core import settings
+from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.timing import Round, Timings
 from hvd_localsgd.frontends import frames, keras_state
@@ -60,8 +62,10 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         RankFailed: on every rank, when another rank failed or its weights are not finite.
     """
 
-    _engine: LocalSGD  # made when training begins
-    _memory: TensorFlowMemory | None = None
+    _engine: LocalSGD  # made before the first step
+    _memory: TensorFlowMemory
+    _state: keras_state.State
+    _take_back: list[np.ndarray] | None = None
     _counted: float = 0
 
     def __init__(
@@ -110,6 +114,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             # Counted here, not read from the inner optimizer, whose iterations stand still when a step is skipped.
             self._steps = self.add_variable((), "zeros", "int64", "only_first_replica", name="local_steps")
             self._next_sync = self.add_variable((), "zeros", "int64", "only_first_replica", name="next_sync")
+            self._set_next_sync(-1)  # nobody has begun
             if self._settings.weighting == "samples":
                 self._samples = self.add_variable((), "zeros", "int64", "sum", name="samples")
 
@@ -118,12 +123,12 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         _refuse_xla()
         if not self.built:
             self.build(list(trainable_variables or []))
-        moved = self._begin_training()
+        dropped = _maybe_merge_call(lambda strategy: self._begin_if_due(), tf.distribute.get_strategy())
         if self._settings.weighting == "samples":
             self._count_batch()
-        if not (moved and tf.executing_eagerly()):  # else these are gradients at weights that are no more
+        if not dropped:
             self.inner_optimizer.apply(grads, trainable_variables)
-        _maybe_merge_call(lambda strategy: self._count_step(), tf.distribute.get_strategy())
+        _maybe_merge_call(self._count_step, tf.distribute.get_strategy(), next(g for g in grads if g is not None))
 
     def count_samples(self, samples: Any) -> None:
         """For ``weighting="samples"`` in a loop of your own: the step that comes next is on so many (an integer, scalar)."""
@@ -146,17 +151,29 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             )
         self._samples.value.assign_add(tf.shape(keras.tree.flatten(data)[0], out_type=tf.int64)[0])
 
-    def _count_step(self) -> None:
-        """In cross-replica context, once per step in which every replica has taken part."""
-        self._steps.value.assign_add(1)
+    def _count_step(self, strategy: Any, gradient: Any = ()) -> None:
+        """In cross-replica context, once per step in which every replica has taken part.
+
+        A graph must not count before there is a gradient: where data end it is run once more, and stops when it asks for a batch.
+        """
+        with tf.control_dependencies(
+            tf.nest.flatten(strategy.experimental_local_results(gradient), expand_composites=True)
+        ):
+            self._steps.value.assign_add(1)
         due = self._steps.value >= self._next_sync.value
         if not tf.executing_eagerly():
-            assert self._memory is not None
-            graph.sync_if(due, self._synchronise, self._memory, self._touched())
+            graph.call_if(due, self._end_of_round, self._touched(), self._memory)
         elif due:
-            self._synchronise()
+            self._end_of_round()
 
-    def _synchronise(self) -> None:
+    def _end_of_round(self) -> None:
+        """A sync; unless this is only the step that a rank takes back with which it began at weights of its own."""
+        if self._take_back is not None:
+            self._memory.restore(self._take_back)
+            self._take_back = None
+            if self._updates() < self._engine.total + self._engine.interval:
+                self._set_next_sync()
+                return
         self._take_steps()
         self._engine.synchronise()
         self._set_next_sync()
@@ -175,7 +192,6 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
 
     def _touched(self) -> list[Any]:
         """Every variable that a sync reads or writes."""
-        assert self._memory is not None
         state = self._state.variables if self._settings.optimizer_state == "reset" else []
         return [*self._memory.variables, *state, *self._counters()]
 
@@ -195,50 +211,71 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
 
         def skip_and_count() -> None:
             skip()
-            self._begin_training()
-            self._count_step()
+            self._begin_if_due()
+            self._count_step(tf.distribute.get_strategy())
 
         wrapper._stateful_handle_non_finite_grads = skip_and_count
 
     # Training as a whole.
 
-    def _begin_training(self) -> bool:
-        """Once, before the first step: the same start everywhere. Whether that changed this rank's weights.
+    def _begin_if_due(self) -> bool:
+        """In cross-replica context, before a step: begin a training if none is going on.
 
-        In a graph this happens while it is traced, before anything runs. Eagerly the first step has begun: its forward
-        pass has updated the statistics, each rank's its own, which the next sync averages.
+        When the step runs, not when it is traced: a function is traced once, and runs in any number of trainings. Its forward
+        pass has been made by then. A rank that had rank 0's weights goes on with its gradient, and with the statistics that the
+        pass has updated, its own; one that had not takes both from rank 0, and its gradient, taken elsewhere, is lost: whether it
+        is to be dropped here; in a graph the step is taken back when it is over.
         """
+        if not tf.executing_eagerly():
+            with tf.init_scope():
+                self._make_engine()
+            touched = [*self._start(), *self._statistics, *self._touched()]
+            graph.call_if(self._next_sync.value < 0, self._begin_in_graph, list({id(v): v for v in touched}.values()))
+            return False
         if self._in_training:
             return False
-        self._in_training = True
-        statistics = [] if tf.executing_eagerly() else self._statistics
-        with tf.init_scope():
-            if not all(exists(v) for v in self._trainable_variables):
-                raise RuntimeError(
-                    "The model is built while its first step is traced, too late to give all ranks the same weights. "
-                    "Build it before: begin with keras.Input, or call model.build(shape)."
-                )
-            self._make_engine(statistics)
-            moved = self._engine.begin(self._updates())  # more than zero after loading from a file
-            self._counted = self._samples_so_far()
-            self._set_next_sync()
+        self._make_engine()
+        return self._begin()
+
+    def _begin_in_graph(self) -> None:
+        with self._memory.lent([]):
+            moved = self._begin()
+            if moved:
+                self._take_back = self._memory.copy()
+                self._set_next_sync(self._updates() + 1)
+
+    def _begin(self) -> bool:
+        """Whether that changed this rank's weights."""
+        context = Context({"front end": type(self).__name__}, [keras_state.describe(self.inner_optimizer)])
+        moved = self._engine.begin(self._updates(), context)  # more than zero after loading from a file
+        self._in_training, self._take_back = True, None
+        if self._engine.total != self._updates():  # rank 0 has taken other steps
+            for part in components(self._steps):
+                part.assign(self._engine.total * self._steps_per_update)
+        self._counted = self._samples_so_far()
+        self._set_next_sync()
         return moved
 
-    def _make_engine(self, statistics: Sequence[Any]) -> None:
+    def _start(self) -> list[Any]:
+        """What all ranks get from rank 0."""
+        return [*self._trainable_variables, *self.inner_optimizer.variables]
+
+    def _make_engine(self) -> None:
         """Unless there is one for these variables."""
         averaged = floats(
             [*self._trainable_variables, *self._statistics, *keras_state.moving_averages(self.inner_optimizer)]
         )
         self._state = keras_state.State(self.inner_optimizer)
         averaged += self._state.variables if self._settings.optimizer_state == "average" else []
-        if self._memory is None or not self._memory.holds(averaged):
+        if not hasattr(self, "_memory") or not self._memory.holds(averaged):
             communicator = devices.get()
             self._memory = assemble.memory(communicator, averaged)
+            # Who leaves a fit has left it in the middle; a loop of the user's may end without a word.
+            inside_fit = frames.caller_argument("fit", "epochs") is not None
             self._engine = assemble.engine(
-                self._settings, communicator, self._memory, self._timings, finish_at_exit=True
+                self._settings, communicator, self._memory, self._timings, finish_at_exit=not inside_fit
             )
-        start = [*self._trainable_variables, *statistics, *self.inner_optimizer.variables]
-        self._memory.prepare(start, self._state.reset)
+        self._memory.prepare(self._start(), self._state.reset, self._statistics)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """The end of training: wait for the slowest rank, average once more, print the table on rank 0."""
@@ -246,6 +283,7 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             self._take_steps()
             self._engine.finish()
             self._in_training = False
+            self._set_next_sync(-1)  # the next step, whenever it comes, begins
             if devices.rank() == 0:
                 print_table(self.totals, f"Local SGD, {self._settings.schedule}, {len(self.totals)} ranks")
         self.inner_optimizer.finalize_variable_values(var_list)
@@ -257,8 +295,9 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
     def _steps_per_update(self) -> int:
         return keras_state.innermost(self).gradient_accumulation_steps or 1
 
-    def _set_next_sync(self) -> None:
-        updates = min(self._engine.total + self._engine.interval, sys.maxsize // self._steps_per_update)
+    def _set_next_sync(self, updates: int | None = None) -> None:
+        if updates is None:
+            updates = min(self._engine.total + self._engine.interval, sys.maxsize // self._steps_per_update)
         for part in components(self._next_sync):
             part.assign(updates * self._steps_per_update)
 
@@ -293,9 +332,10 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
             store[str(i)] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Our counters."""
+        """Our counters; the training that was going on is not."""
         for i, variable in enumerate(self._variables):
             variable.assign(store[str(i)])
+        self._set_next_sync(-1)
 
     def get_config(self) -> dict[str, Any]:
         """Without ``statistics``, which are variables of a model: pass them again to a model loaded from a file."""

@@ -1,8 +1,9 @@
-"""A sync from inside a TensorFlow graph. What it changes must be known to the graph, or TensorFlow may reorder."""
+"""A call of the engine from inside a TensorFlow graph. What it changes must be known to the graph, or TensorFlow may reorder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import tensorflow as tf
@@ -11,54 +12,57 @@ from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 from hvd_localsgd.backends.tensorflow.variables import components
 
 
-def sync_if(due: tf.Tensor, sync: Callable[[], None], memory: TensorFlowMemory, touched: Sequence[Any]) -> None:
-    """Call ``sync`` when the graph runs and ``due`` is true.
+def call_if(
+    due: tf.Tensor, call: Callable[[], None], touched: Sequence[Any], memory: TensorFlowMemory | None = None
+) -> None:
+    """Call ``call``, in Python, when the graph runs and ``due`` is true.
 
     Args:
         due: scalar, bool.
-        sync: called in Python; opens ``memory``.
-        memory: of what is averaged.
+        call: opens ``memory``, if there is one; must not call a compiled function otherwise: it can wait for ever for a free
+            thread.
         touched: every variable that it reads or writes.
+        memory: is read and written by the graph, around the call.
     """
     parts = [component for variable in touched for component in components(variable)]
     devices = {part.device for part in parts}
     if len(devices) > 1:
-        tf.cond(due, lambda: _across_devices(sync, memory, parts), lambda: None)
+        tf.cond(due, lambda: _across_devices(call, parts, memory), lambda: None)
     elif "CPU" in devices.pop():
-        _run_if(due, lambda: _on_one_device(sync, memory, parts))
+        _run_if(due, lambda: _on_one_device(call, parts, memory))
     else:
-        tf.cond(due, lambda: _on_one_device(sync, memory, parts), lambda: None)
+        tf.cond(due, lambda: _on_one_device(call, parts, memory), lambda: None)
 
 
-def _on_one_device(sync: Callable[[], None], memory: TensorFlowMemory, parts: Sequence[tf.Variable]) -> None:
-    """With the handles as inputs, TensorFlow orders all that touches these variables around the call.
-
-    The memory is exposed out here: a call to a compiled function in there can wait for ever for a free thread.
-    """
+def _on_one_device(call: Callable[[], None], parts: Sequence[tf.Variable], memory: TensorFlowMemory | None) -> None:
+    """With the handles as inputs, TensorFlow orders all that touches these variables around the call."""
     handles = [part.handle for part in parts]
+    if memory is None:
+        tf.py_function(lambda *_: call(), handles, Tout=[])
+        return
 
-    def average(*inputs: tf.Tensor) -> list[tf.Tensor]:
+    def lend(*inputs: tf.Tensor) -> list[tf.Tensor]:
         with memory.lent(inputs[len(handles) :]) as changed:
-            sync()
+            call()
         return changed
 
-    changed = tf.py_function(average, [*handles, *memory.expose()], Tout=memory.changed_dtypes)
+    changed = tf.py_function(lend, [*handles, *memory.expose()], Tout=memory.changed_dtypes)
     memory.put_back(changed if memory.changed_dtypes else [])
 
 
-def _across_devices(sync: Callable[[], None], memory: TensorFlowMemory, parts: Sequence[tf.Variable]) -> None:
+def _across_devices(call: Callable[[], None], parts: Sequence[tf.Variable], memory: TensorFlowMemory | None) -> None:
     """Handles on several devices cannot be inputs of one op.
 
     The old values order it after what came before; assigning what it returns orders it before what comes next.
     """
 
-    def average(*_: tf.Tensor) -> list[tf.Tensor]:
-        with memory.lent([]):
-            sync()
+    def lend(*_: tf.Tensor) -> list[tf.Tensor]:
+        with memory.lent([]) if memory is not None else nullcontext():
+            call()
         return [part.read_value() for part in parts]
 
     with tf.device("/CPU:0"):
-        values = tf.py_function(average, [part.read_value() for part in parts], Tout=[part.dtype for part in parts])
+        values = tf.py_function(lend, [part.read_value() for part in parts], Tout=[part.dtype for part in parts])
     for part, value in zip(parts, values, strict=True):
         value.set_shape(part.shape)
         with tf.device(part.device):

@@ -59,7 +59,6 @@ class TensorFlowMemory:
         self._ways = _ways(parts, tensors or on_device, on_device)
         self.blocks = [block for way in self._ways for block in way.blocks]
         self._lent: Sequence[tf.Tensor] | None = None
-        self._changed: list[tf.Tensor] = []
         self._write_compiled = tf.function(lambda tensors: self._write(tensors, packed=True), autograph=False)
 
     @property
@@ -67,14 +66,15 @@ class TensorFlowMemory:
         """Whether the compiled kernel reads and writes small variables here."""
         return any(isinstance(way, Together) and way.uses_kernel for way in self._ways)
 
-    def prepare(self, start: Sequence[Any], reset_state: Callable[[], None]) -> None:
+    def prepare(self, start: Sequence[Any], reset_state: Callable[[], None], statistics: Sequence[Any] = ()) -> None:
         """For a training that is about to begin.
 
         Args:
             start: what all ranks get from rank 0, any dtype.
             reset_state: what ``optimizer_state="reset"`` does.
+            statistics: what a rank gets from rank 0 only if other values changed: its first step has updated them already.
         """
-        self._start, self._reset_state = list(start), reset_state
+        self._start, self._reset_state, self._statistics = list(start), reset_state, list(statistics)
 
     def holds(self, averaged: Sequence[Any]) -> bool:
         """Whether it was made for these variables."""
@@ -86,21 +86,21 @@ class TensorFlowMemory:
 
     def description(self) -> list[list[Any]]:
         """Of what is averaged, then of what all ranks start with."""
-        return [describe(variable) for variable in [*self.variables, *self._start]]
+        return [describe(variable) for variable in [*self.variables, *self._start, *self._statistics]]
 
     def broadcast(self, communicator: Any) -> bool:
         """One variable at a time."""
-        changed = set()
-        for variable in self._start:
+        averaged, moved = set(map(id, self.variables)), False
+        for number, variable in enumerate([*self._start, *self._statistics]):
             parts = components(variable)
             own = np.asarray(parts[0].read_value()._numpy()).reshape(-1)  # on a CPU its memory, to be read only
             value = agreement.from_rank_0(own, communicator)
             del own
-            if value is not None:
-                changed.add(id(variable))
+            if value is not None and (moved or number < len(self._start)):
+                moved |= id(variable) in averaged
                 for part in parts:
                     part.assign(value.reshape(part.shape))
-        return any(id(variable) in changed for variable in self.variables)
+        return moved
 
     def is_finite(self) -> bool:
         """The smallest."""
@@ -122,18 +122,32 @@ class TensorFlowMemory:
         try:
             yield arrays
         finally:
-            written = [
-                tensor if isinstance(way, Together) else tf.convert_to_tensor(array)
-                for way, tensor, array in zip(owners, tensors, arrays, strict=True)
-                if way.writes
-            ]
+            for number, (way, array) in enumerate(zip(owners, arrays, strict=True)):
+                if way.writes and not isinstance(way, Together):
+                    tensors[number] = tf.convert_to_tensor(array)
             # A view that lives on would make TensorFlow copy the variable at its next update.
             arrays.clear()
-            tensors.clear()
             if lent:
-                self._changed = written
-            elif written:
+                self._lent = tensors
+            elif written := self._written(tensors):
                 (self._write_compiled(written) if lent is None else self._write(written, packed=False))
+
+    def _written(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return [tensor for way, tensor in zip(self._owners(), tensors, strict=False) if way.writes]
+
+    def copy(self) -> list[np.ndarray]:
+        """What is averaged, an array for each block."""
+        with self.open() as arrays:
+            return [np.array(array) for array in arrays]
+
+    def restore(self, values: Sequence[np.ndarray]) -> None:
+        """The inverse."""
+        with self.open() as arrays:
+            for number, value in enumerate(values):
+                if isinstance(arrays[number], np.ndarray):
+                    arrays[number][:] = value
+                else:
+                    arrays[number] = value
 
     @cached_property
     def _read_compiled(self) -> Callable[[], list[tf.Tensor]]:
@@ -162,13 +176,12 @@ class TensorFlowMemory:
             A list that afterwards holds what ``put_back`` takes.
         """
         self._lent = tensors
-        self._changed = [t for way, t in zip(self._owners(), tensors, strict=False) if way.writes]
         changed: list[tf.Tensor] = []
         try:
             yield changed
         finally:
-            changed += self._changed
-            self._lent, self._changed = None, []
+            changed += self._written(self._lent)
+            self._lent = None
 
     def _owners(self) -> list[Way]:
         return [way for way in self._ways for _ in way.blocks]

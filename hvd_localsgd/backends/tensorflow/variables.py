@@ -24,11 +24,6 @@ def floats(variables: Sequence[Any]) -> list[Any]:
     return [v for v in unique.values() if tf.as_dtype(v.dtype).is_floating]
 
 
-def exists(variable: Any) -> bool:
-    """False for a variable that is made by a graph which has not run yet."""
-    return all(np.shape(part.numpy()) == tuple(part.shape) for part in components(variable))
-
-
 def describe(variable: Any) -> list[Any]:
     """``[name, shape, dtype]``, the same on two ranks that built the same model.
 
