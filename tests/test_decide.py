@@ -79,7 +79,16 @@ def test_by_hand():
     rows = [
         {"steps": 4, "total": 12, "samples": 30.0, "due": True, "pace": 0.1, "position": 2.0, "finite": True},
         {"steps": 2, "total": 10, "samples": 10.0, "due": False, "pace": 0.2, "position": 1.0, "finite": False},
-        {"steps": 0, "total": 8, "samples": 0.0, "due": False, "pace": 0.1, "position": 3.0, "finite": True, "stop": True},
+        {
+            "steps": 0,
+            "total": 8,
+            "samples": 0.0,
+            "due": False,
+            "pace": 0.1,
+            "position": 3.0,
+            "finite": True,
+            "stop": True,
+        },
     ]
     table = np.stack([header.row(**row) for row in rows])
     decision = protocol.decide(table, Settings(10, weighting="samples", interval="balanced"))

@@ -23,11 +23,11 @@ class Context:
 
     Attributes:
         facts: name and value.
-        parts: of the model, in words, in order: its layers and what they compute; its optimizer.
+        parts: of the model, in order: ``"class"`` and configuration of its layers and its optimizers, as JSON takes it.
     """
 
     facts: Mapping[str, str] = field(default_factory=dict)
-    parts: Sequence[str] = ()
+    parts: Sequence[Mapping[str, Any]] = ()
 
 
 NOTHING = Context()
@@ -74,10 +74,19 @@ def _first_difference(communicator: Any, description: str) -> str:
         for what, theirs, ours in (("variable", variables, first_variables), ("part", parts, first_parts)):
             for index, (one, other) in enumerate(zip(theirs, ours, strict=False)):
                 if one != other:
+                    one, other = _where_they_differ(one, other)
                     return f"Ranks hold different models: {what} {index} is {one} on {who}, but {other} on {whose}. {_SAME}"
             if len(theirs) != len(ours):
                 return f"Ranks hold different models: {len(theirs)} {what}s on {who}, {len(ours)} on {whose}. {_SAME}"
     return "Ranks hold different models."  # not reached: a different fingerprint has a different description
+
+
+def _where_they_differ(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two things of the same class, what each has that the other has not."""
+    if not isinstance(one, dict) or one.get("class") != other.get("class"):
+        return one, other
+    names = [name for name in {**one, **other} if name == "class" or one.get(name) != other.get(name)]
+    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
 
 
 def hosts(communicator: Any) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
@@ -71,28 +69,27 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
-def describe_layers(model: keras.Model) -> Iterator[str]:
-    """What each layer computes, in words: the same on two ranks only if the layers are, but for names and random seeds."""
-    for layer in model._flatten_layers(include_self=False):
-        yield describe(layer) + _vocabulary(layer)
+def describe_layers(model: keras.Model) -> list[dict[str, Any]]:
+    """What each layer computes: the same on two ranks only if the layers are, but for names and random seeds."""
+    return [describe(layer) | _vocabulary(layer) for layer in model._flatten_layers(include_self=False)]
 
 
-def _vocabulary(layer: Any) -> str:
+def _vocabulary(layer: Any) -> dict[str, str]:
     """Of a lookup layer: which rows of an embedding belong to which words."""
     try:
         words = repr(list(layer.get_vocabulary()))
     except Exception:  # no lookup layer, or one that has none yet
-        return ""
-    return f" vocabulary {sha256(words.encode()).hexdigest()[:12]}"
+        return {}
+    return {"vocabulary": sha256(words.encode()).hexdigest()[:12]}
 
 
-def describe(part: Any) -> str:
-    """Class and configuration of a layer or an optimizer, in words, without names, random seeds and numeric learning rates."""
+def describe(part: Any) -> dict[str, Any]:
+    """Class and configuration of a layer or an optimizer, without names, random seeds and numeric learning rates."""
     try:
-        config = part.get_config()
+        config = _plain(part.get_config())
     except Exception:  # a class of the user's may have none, or one that needs arguments we do not know
         config = {}
-    return f"{type(part).__name__} {json.dumps(_plain(config), sort_keys=True)}"
+    return {"class": type(part).__name__, **config}
 
 
 def _plain(value: Any, policy: bool = False) -> Any:

@@ -115,7 +115,7 @@ def test_all_ranks_start_from_rank_0(lsgd):
     optimizer.iterations.assign(100 + lsgd.rank())
 
     class Look(keras.callbacks.Callback):
-        def on_train_begin(self, logs=None):
+        def on_epoch_begin(self, epoch, logs=None):
             self.weights = [float(np.mean(v.numpy())) for v in self.model.variables if "seed" not in v.path]
             self.state = [float(np.mean(v.numpy())) for v in reference.slots(self.model.optimizer)]
             self.iterations = int(self.model.optimizer.iterations.numpy())

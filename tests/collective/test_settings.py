@@ -48,7 +48,9 @@ def test_a_new_option_is_compared_over_ranks(lsgd):
     averager = lsgd.ModelAverager([np.zeros(2)], colour=own)
     if lsgd.size() == 1:
         pytest.skip("nobody to differ from")
-    with pytest.raises(ValueError, match=r"Settings differ: rank \d+ on .* has colour='blue', rank 0 on .* has colour='red'"):
+    with pytest.raises(
+        ValueError, match=r"Settings differ: rank \d+ on .* has colour='blue', rank 0 on .* has colour='red'"
+    ):
         averager.begin()
 
 
