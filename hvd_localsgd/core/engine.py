@@ -12,6 +12,7 @@ steps, until all ranks are as far as it is.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import asdict, replace
@@ -24,6 +25,8 @@ from hvd_localsgd.core.progress import BEGIN, FINISHED, Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.timing import Timings
+
+_NUMBERS = itertools.count(1)
 
 
 class LocalSGD:
@@ -41,6 +44,7 @@ class LocalSGD:
         self.communicator, self.finish_at_exit = communicator, finish_at_exit  # for failures
         self._settings, self._coordination, self._timings = settings, coordination, timings
         self._pipeline, self._memory, self._progress = pipeline, pipeline.memory, Progress()
+        self.number, self.count_pending = next(_NUMBERS), lambda: None
 
     def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
         """The same start everywhere: all ranks agree on what will be sent, then get rank 0's values.
@@ -54,7 +58,9 @@ class LocalSGD:
         self._progress.total = self._progress.total if total is None else total
         failures.begin(self)
         with failures.together(self):
-            own = header.row(model=self._model, position=BEGIN, total=self._progress.total, finite=True)
+            own = header.row(
+                engine=self.number, model=self._model, position=BEGIN, total=self._progress.total, finite=True
+            )
             table = header.exchange(self.communicator, own)
             protocol.check_same_place(self.communicator, table, beginning=True)
             agreement.check(self.communicator, table["model"], description)
@@ -118,7 +124,8 @@ class LocalSGD:
         progress, timings = self._progress, self._timings
         if timings.rounds:  # the first round traces and compiles
             progress.measure(timings.parts["compute"] + timings.parts["input"])
-        own = header.row(model=self._model, due=due, finite=self._memory.is_finite(), **progress.fields())
+        finite = self._memory.is_finite()
+        own = header.row(engine=self.number, model=self._model, due=due, finite=finite, **progress.fields())
         decision = self._coordination.decide(own)
         timings.lap("wait")
         progress.stopping = decision.stop
@@ -149,6 +156,11 @@ class LocalSGD:
         who = self.communicator
         facts = {"interval": interval, **self._progress.round(), **asdict(outcome)}
         self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
+
+    def take_part(self) -> None:
+        """In the sync that others make of this model, while this rank waits for the end of another."""
+        self.count_pending()
+        self.synchronise()
 
     # What front ends ask and say between syncs.
 

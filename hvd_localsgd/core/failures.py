@@ -31,15 +31,20 @@ class Trainer(Protocol):
 
     Attributes:
         communicator: through what.
+        number: of this process' engines.
         finish_at_exit: whether a process that ends in good order in between waits for the others; if not, it has left
             them in the middle of something, and the job ends with an error.
     """
 
     communicator: Any
     finish_at_exit: bool
+    number: int
 
     def finish(self) -> None:
         """Wait for the slowest rank's last sync."""
+
+    def take_part(self) -> None:
+        """In a sync that others make."""
 
 
 @dataclass(slots=True)
@@ -66,17 +71,22 @@ def end(trainer: Trainer) -> None:
     _process.training.pop(id(trainer), None)
 
 
+def trainer(number: int) -> Trainer | None:
+    """The one with that number, if the others count on it."""
+    return next((each for each in _process.training.values() if each.number == number), None)
+
+
 @contextlib.contextmanager
 def together(trainer: Trainer) -> Iterator[None]:
     """All ranks make the calls in here. After an error in here nobody may start another."""
-    _process.busy = True
+    before, _process.busy = _process.busy, True
     try:
         yield
     except (RankFailed, RanksDiffer):  # which are raised on all ranks alike: nobody waits for anybody any more
         _process.failed, _process.busy = True, False
         end(trainer)
         raise
-    _process.busy = False
+    _process.busy = before  # a rank that waits for the end of one model may take part in a sync of another
 
 
 def install(communicator: Any) -> None:

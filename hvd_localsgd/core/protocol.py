@@ -134,10 +134,25 @@ class Together:
         return failures.together(trainer)
 
     def decide(self, own: np.ndarray) -> Decision:
-        """On the headers of all."""
-        table = exchange(self.communicator, own)
-        check_same_place(self.communicator, table, beginning=False)
-        return decide(table, self.settings)
+        """On the headers of all, once all are about the same model."""
+        while True:
+            table = exchange(self.communicator, own)
+            check_same_place(self.communicator, table, beginning=False)
+            if (table["engine"] == own["engine"]).all():
+                return decide(table, self.settings)
+            self._help(table, own)
+
+    def _help(self, table: np.ndarray, own: np.ndarray) -> None:
+        """A rank that waits for the end of one model takes part in the syncs that others still make of another."""
+        wanted = set(table["engine"][table["position"] < FINISHED].tolist())
+        trainer = failures.trainer(next(iter(wanted))) if len(wanted) == 1 else None
+        if trainer is None:
+            raise RankFailed(
+                f"Ranks average different models at the same moment (seen on rank {self.communicator.rank} on "
+                f"{self.communicator.host}): train several models in the same order on every rank, in one thread."
+            )
+        if trainer.number != own["engine"]:
+            trainer.take_part()
 
     def refuse(self, decision: Decision) -> None:
         """Names the ranks (collective)."""
@@ -217,9 +232,10 @@ def check_same_place(communicator: Any, table: np.ndarray, beginning: bool) -> N
     Raises:
         RankFailed: on all ranks, if some begin to train and others do not.
     """
-    if ((table["position"] == BEGIN) != beginning).any():
+    models = set(table["engine"].tolist()) if beginning else set()
+    if ((table["position"] == BEGIN) != beginning).any() or len(models) > 1:
         raise RankFailed(
-            f"Some ranks start to train while others are in the middle of it (seen on rank {communicator.rank} "
+            f"Some ranks start to train while others are in the middle of it, or train another model (seen on rank {communicator.rank} "
             f"on {communicator.host}). Call fit equally often on every rank, and let no rank leave it early."
         )
 

@@ -64,9 +64,13 @@ def moving_averages(optimizer: Any) -> list[Any]:
 
 def innermost(optimizer: Any) -> Any:
     """The optimizer inside all wrappers (loss scaling, ours)."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
+    return wrapped(optimizer)[-1]
+
+
+def wrapped(optimizer: Any) -> list[Any]:
+    """An optimizer and what it wraps, outermost first."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return [optimizer, *(wrapped(inner) if inner is not None else [])]
 
 
 def describe_layers(model: keras.Model) -> list[dict[str, Any]]:

@@ -270,11 +270,14 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         if not hasattr(self, "_memory") or not self._memory.holds(averaged):
             communicator = devices.get()
             self._memory = assemble.memory(communicator, averaged)
-            # Who leaves a fit has left it in the middle; a loop of the user's may end without a word.
-            inside_fit = frames.caller_argument("fit", "epochs") is not None
+            # Who leaves a fit has left it in the middle; a loop of the user's may end without a word, and fit finalizes only
+            # the optimizer that the model was compiled with.
+            model = frames.caller_argument("fit", "self")
+            compiled = model is not None and self in keras_state.wrapped(model.optimizer)
             self._engine = assemble.engine(
-                self._settings, communicator, self._memory, self._timings, finish_at_exit=not inside_fit
+                self._settings, communicator, self._memory, self._timings, finish_at_exit=not compiled
             )
+            self._engine.count_pending = self._take_steps
         self._memory.prepare(self._start(), self._state.reset, self._statistics)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -25,6 +26,7 @@ def call_if(
         memory: is read and written by the graph, around the call.
     """
     parts = [component for variable in touched for component in components(variable)]
+    parts.append(_order(parts[0].device))
     devices = {part.device for part in parts}
     if len(devices) > 1:
         tf.cond(due, lambda: _across_devices(call, parts, memory), lambda: None)
@@ -32,6 +34,13 @@ def call_if(
         _run_if(due, lambda: _on_one_device(call, parts, memory))
     else:
         tf.cond(due, lambda: _on_one_device(call, parts, memory), lambda: None)
+
+
+@functools.cache
+def _order(device: str) -> tf.Variable:
+    """Touched by every call on this device, so that several models are averaged in the order of the program, on all ranks."""
+    with tf.init_scope(), tf.device(device):
+        return tf.Variable(0, dtype=tf.int64, trainable=False)
 
 
 def _on_one_device(call: Callable[[], None], parts: Sequence[tf.Variable], memory: TensorFlowMemory | None) -> None:
