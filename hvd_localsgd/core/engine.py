@@ -12,7 +12,6 @@ steps, until all ranks are as far as it is.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from dataclasses import asdict, replace
@@ -25,8 +24,6 @@ from hvd_localsgd.core.progress import BEGIN, FINISHED, Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.timing import Timings
-
-_NUMBERS = itertools.count(1)
 
 
 class LocalSGD:
@@ -44,7 +41,7 @@ class LocalSGD:
         self.communicator, self.finish_at_exit = communicator, finish_at_exit  # for failures
         self._settings, self._coordination, self._timings = settings, coordination, timings
         self._pipeline, self._memory, self._progress = pipeline, pipeline.memory, Progress()
-        self.number, self.count_pending = next(_NUMBERS), lambda: None
+        self.number, self.count_pending = failures.number(communicator), lambda: None
 
     def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
         """The same start everywhere: all ranks agree on what will be sent, then get rank 0's values.

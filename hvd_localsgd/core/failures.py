@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -31,7 +32,7 @@ class Trainer(Protocol):
 
     Attributes:
         communicator: through what.
-        number: of this process' engines.
+        number: of those on this communicator.
         finish_at_exit: whether a process that ends in good order in between waits for the others; if not, it has left
             them in the middle of something, and the job ends with an error.
     """
@@ -55,6 +56,7 @@ class _Process:
     status: Any = 0  # what sys.exit was given
     # Not weakly: a trainer made inside a function is collected while SystemExit unwinds, and nobody would be left to tell.
     training: dict[int, Any] = field(default_factory=dict)
+    trainers: weakref.WeakKeyDictionary[Any, int] = field(default_factory=weakref.WeakKeyDictionary)  # made so far
 
 
 _process = _Process()
@@ -71,9 +73,17 @@ def end(trainer: Trainer) -> None:
     _process.training.pop(id(trainer), None)
 
 
-def trainer(number: int) -> Trainer | None:
+def number(communicator: Any) -> int:
+    """The next trainer's, of those on this communicator: the same on all its ranks, which make them in the same order."""
+    counts = _process.trainers
+    counts[communicator] = counts.get(communicator, 0) + 1
+    return counts[communicator]
+
+
+def trainer(communicator: Any, number: int) -> Trainer | None:
     """The one with that number, if the others count on it."""
-    return next((each for each in _process.training.values() if each.number == number), None)
+    training = _process.training.values()
+    return next((each for each in training if each.communicator is communicator and each.number == number), None)
 
 
 @contextlib.contextmanager

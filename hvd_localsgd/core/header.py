@@ -10,7 +10,7 @@ from hvd_localsgd.errors import RankFailed
 
 HEADER = np.dtype(
     [
-        ("engine", np.int64),  # which of this process' engines, in the order in which they were made
+        ("engine", np.int64),  # which of the engines on this communicator, in the order in which they were made
         ("model", np.uint64),  # fingerprint of what is averaged and how
         ("position", np.float64),  # how far this rank is (progress.py); inf: it has finished
         ("steps", np.int64),  # local steps since the last sync

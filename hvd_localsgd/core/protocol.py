@@ -145,7 +145,7 @@ class Together:
     def _help(self, table: np.ndarray, own: np.ndarray) -> None:
         """A rank that waits for the end of one model takes part in the syncs that others still make of another."""
         wanted = set(table["engine"][table["position"] < FINISHED].tolist())
-        trainer = failures.trainer(next(iter(wanted))) if len(wanted) == 1 else None
+        trainer = failures.trainer(self.communicator, next(iter(wanted))) if len(wanted) == 1 else None
         if trainer is None:
             raise RankFailed(
                 f"Ranks average different models at the same moment (seen on rank {self.communicator.rank} on "

@@ -8,6 +8,7 @@ import tensorflow as tf
 from . import reference
 from .helpers import fit
 
+pytestmark = pytest.mark.pairs
 DENSE = keras.layers.Dense
 
 

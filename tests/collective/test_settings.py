@@ -9,6 +9,8 @@ import pytest
 
 from hvd_localsgd.core import settings
 
+pytestmark = pytest.mark.pairs
+
 
 @dataclass(frozen=True)
 class WithColour(settings.Settings):

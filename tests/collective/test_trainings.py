@@ -8,6 +8,8 @@ import tensorflow as tf
 from . import reference
 from .helpers import Snapshots
 
+pytestmark = pytest.mark.pairs
+
 
 def make():
     return keras.optimizers.SGD(0.05, momentum=0.9)

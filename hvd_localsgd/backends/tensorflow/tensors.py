@@ -29,7 +29,8 @@ class Tensors:
         return [tf.concat([self._read_one(part) for part in self._parts], 0)]
 
     def _read_one(self, part: Part) -> tf.Tensor:
-        values = [tf.reshape(tf.cast(component, self._wire), [-1]) for component in part.components]
+        reads = [tf.raw_ops.ReadVariableOp(resource=c.handle, dtype=part.dtype) for c in part.components]
+        values = [tf.cast(tf.raw_ops.Reshape(tensor=value, shape=[-1]), self._wire) for value in reads]
         return values[0] if len(values) == 1 else tf.add_n(values) / len(values)
 
     def array(self, tensor: tf.Tensor) -> Array:
@@ -42,6 +43,6 @@ class Tensors:
         """Assign the variables, every replica. Traceable."""
         (flat,) = tensors
         for part, piece in zip(self._parts, tf.split(flat, [part.size for part in self._parts]), strict=True):
-            value = tf.cast(tf.reshape(piece, part.shape), part.dtype)
+            value = tf.cast(tf.raw_ops.Reshape(tensor=piece, shape=part.shape), part.dtype)
             for component in part.components:
-                component.assign(value)
+                tf.raw_ops.AssignVariableOp(resource=component.handle, value=value)
