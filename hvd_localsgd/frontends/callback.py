@@ -61,6 +61,10 @@ class LocalSGDCallback(Callback):
         self._training = False
         self._timings = Timings(timings)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and ``copy.deepcopy``: the options alone. A copy starts afresh, with no model and no open file."""
+        return LocalSGDCallback(timings=self._timings.folder, **self._settings.get_config()).__dict__
+
     @property
     def timings(self) -> list[Round]:
         """This rank's rounds, oldest first."""

@@ -49,6 +49,10 @@ class IterateAverage(keras.callbacks.Callback):
         self._power, self._a, self._evaluate = _POWERS[weights], float(a), evaluate
         self._swapped = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and ``copy.deepcopy``: the options alone, as with ``LocalSGDCallback``."""
+        return {**IterateAverage(a=self._a, evaluate=self._evaluate).__dict__, "_power": self._power}
+
     @property
     def value(self) -> list[np.ndarray]:
         """The average, an array for each of the model's trainable weights; after training the same on all ranks."""
