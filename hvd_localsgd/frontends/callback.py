@@ -65,6 +65,11 @@ class LocalSGDCallback(Callback):
         """For pickle and ``copy.deepcopy``: the options alone. A copy starts afresh, with no model and no open file."""
         return LocalSGDCallback(timings=self._timings.folder, **self._settings.get_config()).__dict__
 
+    def set_model(self, model: keras.Model) -> None:
+        """Called by Keras before everything else."""
+        check_is_keras_3(model)
+        super().set_model(model)
+
     @property
     def timings(self) -> list[Round]:
         """This rank's rounds, oldest first."""
@@ -202,7 +207,10 @@ class LocalSGDCallback(Callback):
 
     def _look_at_the_other_callbacks(self) -> None:
         """Silence all progress bars but rank 0's; say so if a callback will see logs before they are averaged."""
-        for callback in (callbacks := frames.callback_list()):
+        callbacks = frames.callback_list()
+        if (ours := sum(isinstance(callback, LocalSGDCallback) for callback in callbacks)) > 1:
+            raise ValueError(f"fit needs one LocalSGDCallback: weights need averaging once. Received: {ours} of them.")
+        for callback in callbacks:
             if isinstance(callback, ProgbarLogger) and devices.rank() > 0:
                 callback.verbose = 0
         if self in callbacks and devices.rank() == 0 and devices.size() > 1:
@@ -249,6 +257,16 @@ def _check_not_wrapped(optimizer: Any) -> None:
         if isinstance(optimizer, LocalSGDOptimizer):
             raise ValueError("The model was compiled with a LocalSGDOptimizer: use it or the callback, not both.")
         optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def check_is_keras_3(model: Any) -> None:
+    """With TF_USE_LEGACY_KERAS ``tf.keras`` is Keras 2, whose models call our callbacks and have other insides."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"hvd_localsgd works with models of Keras 3, here {keras.__version__}. Received: a {type(model).__name__} of "
+            f"{type(model).__module__}. Take everything from `import keras`, or unset TF_USE_LEGACY_KERAS, which makes "
+            "tf.keras Keras 2."
+        )
 
 
 def _is_number(value: Any) -> bool:
