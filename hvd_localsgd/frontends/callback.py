@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 from keras.callbacks import Callback, ProgbarLogger
 
 from hvd_localsgd import assemble, devices
@@ -150,7 +151,7 @@ class LocalSGDCallback(Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Callbacks see the averaged model and the averaged logs, the same on all ranks."""
         self._finish_training_steps()
-        own = {key: float(value) for key, value in (logs or {}).items() if _is_number(value)}
+        own = {key: numbers for key, value in (logs or {}).items() if (numbers := _numbers(value)) is not None}
         message = json.dumps(
             {"logs": own, "samples": self._train_samples, "validation_samples": self._validation_samples}
         )
@@ -269,23 +270,29 @@ def check_is_keras_3(model: Any) -> None:
         )
 
 
-def _is_number(value: Any) -> bool:
+def _numbers(value: Any) -> Any:
+    """A log as JSON has it: a number, or lists of numbers; None if it is something else, such as words."""
     try:
-        float(value)
+        array = np.asarray(value)
+        return array.astype("float64").tolist() if array.dtype.kind in "biufV" else None  # V: bfloat16
     except (TypeError, ValueError):
-        return False
-    return True
+        return None
 
 
-def _average_logs(entries: list[dict[str, Any]]) -> dict[str, float]:
-    """Each metric's mean over the ranks that have it, weighted by the samples behind it."""
+def _average_logs(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each metric's mean over the ranks that have it, weighted by the samples behind it.
+
+    Of an array element by element; where the ranks' shapes differ there is no mean, and each rank keeps its own.
+    """
     averaged = {}
     for key in sorted({key for entry in entries for key in entry["logs"]}):
         weight_key = "validation_samples" if key.startswith("val_") else "samples"
-        pairs = [(entry["logs"][key], entry[weight_key]) for entry in entries if key in entry["logs"]]
-        weight = sum(w for _, w in pairs)
-        if weight:
-            averaged[key] = sum(value * w for value, w in pairs if w) / weight
-        else:
-            averaged[key] = sum(value for value, _ in pairs) / len(pairs)
+        pairs = [(np.array(entry["logs"][key]), entry[weight_key]) for entry in entries if key in entry["logs"]]
+        if len({value.shape for value, _ in pairs}) > 1:
+            continue
+        if not any(weight for _, weight in pairs):
+            pairs = [(value, 1.0) for value, _ in pairs]
+        weighted = [value * weight for value, weight in pairs if weight]  # a NaN with weight zero is not counted
+        mean = sum(weighted) / sum(weight for _, weight in pairs)
+        averaged[key] = mean if mean.ndim else float(mean)
     return averaged
