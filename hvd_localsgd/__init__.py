@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hvd_localsgd.frontends import registration
 from hvd_localsgd.version import __version__
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ __all__ = [
     "size",
     "speed_up",
 ]
+
+
+registration.when_keras_is_there()  # so that a saved model is loaded where only this line was run: import hvd_localsgd
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 from keras.callbacks import Callback, ProgbarLogger
 
 from hvd_localsgd import assemble, devices
@@ -61,6 +62,15 @@ class LocalSGDCallback(Callback):
         self._settings = settings.choose(sync_every, options)
         self._training = False
         self._timings = Timings(timings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and ``copy.deepcopy``: the options alone. A copy starts afresh, with no model and no open file."""
+        return LocalSGDCallback(timings=self._timings.folder, **self._settings.get_config()).__dict__
+
+    def set_model(self, model: keras.Model) -> None:
+        """Called by Keras before everything else."""
+        check_is_keras_3(model)
+        super().set_model(model)
 
     @property
     def timings(self) -> list[Round]:
@@ -190,7 +200,7 @@ class LocalSGDCallback(Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Callbacks see the averaged model and the averaged logs, the same on all ranks."""
         self._finish_training_steps()
-        own = {key: float(value) for key, value in (logs or {}).items() if _is_number(value)}
+        own = {key: numbers for key, value in (logs or {}).items() if (numbers := _numbers(value)) is not None}
         message = json.dumps(
             {"logs": own, "samples": self._train_samples, "validation_samples": self._validation_samples}
         )
@@ -254,7 +264,10 @@ class LocalSGDCallback(Callback):
 
     def _look_at_the_other_callbacks(self) -> None:
         """Silence all progress bars but rank 0's; say so if a callback will see logs before they are averaged."""
-        for callback in (callbacks := frames.callback_list()):
+        callbacks = frames.callback_list()
+        if (ours := sum(isinstance(callback, LocalSGDCallback) for callback in callbacks)) > 1:
+            raise ValueError(f"fit needs one LocalSGDCallback: weights need averaging once. Received: {ours} of them.")
+        for callback in callbacks:
             if isinstance(callback, ProgbarLogger) and devices.rank() > 0:
                 callback.verbose = 0
         if self in callbacks and devices.rank() == 0 and devices.size() > 1:
@@ -312,23 +325,39 @@ def _check_not_wrapped(optimizer: Any) -> None:
         optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
-def _is_number(value: Any) -> bool:
+def check_is_keras_3(model: Any) -> None:
+    """With TF_USE_LEGACY_KERAS ``tf.keras`` is Keras 2, whose models call our callbacks and have other insides."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"hvd_localsgd works with models of Keras 3, here {keras.__version__}. Received: a {type(model).__name__} of "
+            f"{type(model).__module__}. Take everything from `import keras`, or unset TF_USE_LEGACY_KERAS, which makes "
+            "tf.keras Keras 2."
+        )
+
+
+def _numbers(value: Any) -> Any:
+    """A log as JSON has it: a number, or lists of numbers; None if it is something else, such as words."""
     try:
-        float(value)
+        array = np.asarray(value)
+        return array.astype("float64").tolist() if array.dtype.kind in "biufV" else None  # V: bfloat16
     except (TypeError, ValueError):
-        return False
-    return True
+        return None
 
 
-def _average_logs(entries: list[dict[str, Any]]) -> dict[str, float]:
-    """Each metric's mean over the ranks that have it, weighted by the samples behind it."""
+def _average_logs(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each metric's mean over the ranks that have it, weighted by the samples behind it.
+
+    Of an array element by element; where the ranks' shapes differ there is no mean, and each rank keeps its own.
+    """
     averaged = {}
     for key in sorted({key for entry in entries for key in entry["logs"]}):
         weight_key = "validation_samples" if key.startswith("val_") else "samples"
-        pairs = [(entry["logs"][key], entry[weight_key]) for entry in entries if key in entry["logs"]]
-        weight = sum(w for _, w in pairs)
-        if weight:
-            averaged[key] = sum(value * w for value, w in pairs if w) / weight
-        else:
-            averaged[key] = sum(value for value, _ in pairs) / len(pairs)
+        pairs = [(np.array(entry["logs"][key]), entry[weight_key]) for entry in entries if key in entry["logs"]]
+        if len({value.shape for value, _ in pairs}) > 1:
+            continue
+        if not any(weight for _, weight in pairs):
+            pairs = [(value, 1.0) for value, _ in pairs]
+        weighted = [value * weight for value, weight in pairs if weight]  # a NaN with weight zero is not counted
+        mean = sum(weighted) / sum(weight for _, weight in pairs)
+        averaged[key] = mean if mean.ndim else float(mean)
     return averaged

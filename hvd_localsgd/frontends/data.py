@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Number
 from typing import Any, Literal
 
 import keras
@@ -17,9 +18,12 @@ Remainder = Literal["keep", "drop", "repeat"]
 def shard(data: Any, *, shuffle: bool = True, seed: int = 0, remainder: Remainder = "keep") -> Any:
     """This rank's part of ``data``; the parts of all ranks are disjoint.
 
-    Every rank must hold the same data and pass the same arguments. What is dealt out is: rows of numpy arrays (and
-    of tuples, lists and dicts of arrays of one length), *elements* of a ``tf.data.Dataset`` (batches, if it is batched:
-    shard first, then shuffle and batch), and batches of a ``keras.utils.PyDataset``.
+    Every rank must hold the same data and pass the same arguments. What is dealt out is: rows of arrays (and of tuples,
+    lists and dicts of arrays of one length, with None where there is none), *elements* of a ``tf.data.Dataset``
+    (batches, if it is batched: shard first, then shuffle and batch), and batches of a ``keras.utils.PyDataset``.
+
+    Arrays are all that Keras takes for one: numpy's, tensors (ragged and sparse ones too), pandas', scipy's sparse
+    matrices (which come back as CSR), and whatever numpy can make an array of. A list is several arrays, as in Keras.
 
     Args:
         data: see above; for arrays ``x, y = lsgd.shard((x, y))``.
@@ -27,7 +31,7 @@ def shard(data: Any, *, shuffle: bool = True, seed: int = 0, remainder: Remainde
             once, in its own order, and of each ``size`` elements in a row every rank gets one at random. False:
             contiguous parts, rank 0 the first (a Dataset must then know its cardinality). Sorted data in contiguous
             parts gives ranks that pull in different directions.
-        seed: of that order.
+        seed: of that order, an integer from 0 to 2**31 - 1.
         remainder: where n is not a multiple of the number of ranks, ``"keep"`` every sample (n % size ranks get one
             more than the others), ``"drop"`` the last n % size of the order, or ``"repeat"`` its first samples so
             that all ranks get the same number. With a Dataset of unknown cardinality only ``"keep"`` works.
@@ -36,34 +40,102 @@ def shard(data: Any, *, shuffle: bool = True, seed: int = 0, remainder: Remainde
         The same kind of data, shorter; with one rank, ``data`` itself.
 
     Raises:
-        ValueError: fewer samples than ranks, lengths that differ, an unknown ``remainder``, unknown cardinality.
+        ValueError: fewer samples than ranks, lengths that differ, an unknown ``remainder``, unknown cardinality; on one
+            rank as on several.
         TypeError: data of another kind.
     """
     communicator = devices.get()
     if remainder not in ("keep", "drop", "repeat"):
         raise ValueError(f"remainder must be 'keep', 'drop' or 'repeat'. Received: {remainder!r}")
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, the same on all ranks. Received: {seed!r}")
     if isinstance(data, tf.data.Dataset):
-        return data if communicator.size == 1 else _shard_dataset(data, communicator, shuffle, seed, remainder)
+        own = _shard_dataset(data, communicator, shuffle, seed, remainder)
+        return data if communicator.size == 1 else own
     if isinstance(data, keras.utils.PyDataset):
-        if data.num_batches is None:
-            raise ValueError("A PyDataset without end cannot be sharded: num_batches is None.")
-        own = _own_indices(data.num_batches, "batches", communicator, shuffle, seed, remainder)
-        return data if communicator.size == 1 else _PyDatasetShard(data, own)
-    arrays = keras.tree.flatten(data)
-    if not arrays or not all(hasattr(a, "shape") and len(a.shape) for a in arrays):
-        raise TypeError(
-            "shard takes a tf.data.Dataset, a keras.utils.PyDataset, or arrays (also in a tuple, list or dict). "
-            f"Received: {type(data).__name__}"
-        )
-    lengths = sorted({len(a) for a in arrays})
-    if len(lengths) > 1:
-        raise ValueError(f"Arrays must have the same number of rows. Received: {[tuple(a.shape) for a in arrays]}")
-    own = _own_indices(lengths[0], "samples", communicator, shuffle, seed, remainder)
+        batches = _own_indices(_count_batches(data), "batches", communicator, shuffle, seed, remainder)
+        return data if communicator.size == 1 else _PyDatasetShard(data, batches)
+    rows = _own_indices(_count_rows(data), "samples", communicator, shuffle, seed, remainder)
     if communicator.size == 1:
         return data
-    if not shuffle and remainder != "repeat":
-        return keras.tree.map_structure(lambda a: a[own[0] : own[-1] + 1], data)  # a view, no copy
-    return keras.tree.map_structure(lambda a: np.asarray(a)[own], data)
+    contiguous = not shuffle and remainder != "repeat"
+    which = slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else rows
+    return keras.tree.map_structure(lambda array: _take(array, which), data)
+
+
+def _count_batches(source: keras.utils.PyDataset) -> int:
+    try:
+        count = source.num_batches
+    except NotImplementedError:  # for Keras it has no end then
+        count = None
+    if count is None:
+        raise ValueError(
+            f"A PyDataset without end cannot be sharded: {type(source).__name__}.num_batches is None or not there."
+        )
+    return count
+
+
+def _count_rows(data: Any) -> int:
+    arrays = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
+    wrong = [leaf for leaf in arrays if not _has_rows(leaf)]
+    if wrong or not arrays:
+        raise TypeError(
+            "shard takes a tf.data.Dataset, a keras.utils.PyDataset, or arrays with at least one dimension (also in a "
+            f"tuple, list or dict). Received: {_kind(data)}{_complaint(data, *wrong[:1])}"
+        )
+    lengths = {int(array.shape[0]) for array in arrays}
+    if len(lengths) > 1:
+        raise ValueError(f"Arrays must have the same number of rows. Received: {[tuple(a.shape) for a in arrays]}")
+    return lengths.pop()
+
+
+def _has_rows(leaf: Any) -> bool:
+    is_array = tf.is_tensor(leaf) or hasattr(leaf, "__array__") or hasattr(leaf, "tocsr")
+    shape: Any = getattr(leaf, "shape", ())
+    return is_array and len(shape) > 0 and shape[0] is not None  # None: a keras.Input
+
+
+def _kind(value: Any) -> str:
+    module = type(value).__module__
+    name = type(value).__qualname__ if module == "builtins" else f"{module}.{type(value).__qualname__}"
+    return f"{name} of shape {tuple(value.shape)}" if hasattr(value, "shape") else name
+
+
+def _complaint(data: Any, wrong: Any = None) -> str:
+    """What is wrong inside ``data``, and what to do about it."""
+    inside = "" if wrong is None or wrong is data else f" with {_kind(wrong)} in it"
+    if isinstance(wrong, Number | str | bytes):
+        return f"{inside}. A list counts as several arrays: np.array(...) makes it one."
+    if hasattr(wrong, "__next__"):
+        return f"{inside}. It can be read only once: give each rank its own, or make it a tf.data.Dataset."
+    return inside
+
+
+def _take(array: Any, rows: slice | np.ndarray) -> Any:
+    """These rows of anything that Keras takes for an array; a slice gives a view where there can be one."""
+    if array is None:
+        return None
+    if hasattr(array, "tocsr"):  # of scipy's formats the one that has rows
+        return array.tocsr()[rows]
+    if hasattr(array, "iloc"):  # pandas: by place, not by label
+        return array.iloc[rows]
+    if isinstance(array, tf.SparseTensor):
+        return _take_sparse(array, rows)
+    if isinstance(rows, slice) and hasattr(array, "__getitem__"):
+        return array[rows]
+    return tf.gather(array, rows) if tf.is_tensor(array) else np.asanyarray(array)[rows]
+
+
+def _take_sparse(array: tf.SparseTensor, rows: slice | np.ndarray) -> tf.SparseTensor:
+    """TensorFlow has no such function."""
+    own = np.arange(array.shape[0])[rows]
+    place = np.full(array.shape[0], -1)  # of each row among ours; -1: it is another rank's
+    place[own] = np.arange(len(own))
+    indices = array.indices.numpy()
+    indices[:, 0] = place[indices[:, 0]]
+    mine = indices[:, 0] >= 0
+    taken = tf.SparseTensor(indices[mine], tf.boolean_mask(array.values, mine), (len(own), *array.shape[1:]))
+    return tf.sparse.reorder(taken)
 
 
 def _bounds(count: int, communicator: Communicator) -> tuple[int, int]:
@@ -106,7 +178,7 @@ def _shard_dataset(
         return dataset.skip(start).take(stop - start)
 
     def deal(group: Any) -> tf.Tensor:
-        return tf.random.experimental.stateless_shuffle(tf.range(size), tf.stack([seed, tf.cast(group, tf.int32)]))
+        return tf.random.experimental.stateless_shuffle(tf.range(size), tf.stack([int(seed), tf.cast(group, tf.int32)]))
 
     def is_mine(index: tf.Tensor, _: Any) -> tf.Tensor:
         return deal(index // size)[index % size] == rank

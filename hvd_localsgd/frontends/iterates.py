@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from hvd_localsgd import devices
 from hvd_localsgd.averager import ModelAverager
-from hvd_localsgd.frontends.callback import LocalSGDCallback
+from hvd_localsgd.frontends.callback import LocalSGDCallback, check_is_keras_3
 from hvd_localsgd.frontends.frames import callback_list
 
 _POWERS = {"uniform": 0, "linear": 1, "quadratic": 2}
@@ -48,6 +48,15 @@ class IterateAverage(keras.callbacks.Callback):
             raise ValueError(f"a must be >= 0. Received: {a!r}")
         self._power, self._a, self._evaluate = _POWERS[weights], float(a), evaluate
         self._swapped = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and ``copy.deepcopy``: the options alone, as with ``LocalSGDCallback``."""
+        return {**IterateAverage(a=self._a, evaluate=self._evaluate).__dict__, "_power": self._power}
+
+    def set_model(self, model: keras.Model) -> None:
+        """Called by Keras before everything else."""
+        check_is_keras_3(model)
+        super().set_model(model)
 
     @property
     def value(self) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -330,15 +331,29 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         return self.inner_optimizer.scale_loss(loss)
 
     def save_own_variables(self, store: Any) -> None:
-        """Our counters; Keras saves the inner optimizer by itself."""
-        for i, variable in enumerate(self._variables):
-            store[str(i)] = variable.numpy()
+        """Our counters, by name; Keras saves the inner optimizer by itself."""
+        for variable in self._variables:
+            store[variable.name] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Our counters; the training that was going on is not."""
-        for i, variable in enumerate(self._variables):
-            variable.assign(store[str(i)])
-        self._set_next_sync(-1)
+        """Our counters, those that the file has: before training there are none, and another optimizer has others.
+
+        A training that is going on, here or in the file, does not go on from there: the next step begins one.
+        """
+        saved = set(store.keys())
+        for variable in self._variables:
+            if variable.name in saved:
+                variable.assign(store[variable.name])
+        self._in_training = False
+        if self.built:
+            for part in components(self._next_sync):  # which a LossScaleOptimizer around this one has loaded too
+                part.assign(-1)
+        elif left := saved - {variable.name for variable in self._variables}:
+            warnings.warn(
+                f"The file has more of {self.name!r} than is loaded ({', '.join(sorted(left))}), because the optimizer is "
+                "not built yet. Before loading call optimizer.build(model.trainable_variables).",
+                stacklevel=2,
+            )
 
     def get_config(self) -> dict[str, Any]:
         """Without ``statistics``, which are variables of a model: pass them again to a model loaded from a file."""
