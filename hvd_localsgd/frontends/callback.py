@@ -64,7 +64,10 @@ class LocalSGDCallback(Callback):
         self._timings = Timings(timings)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and ``copy.deepcopy``: the options alone. A copy starts afresh, with no model and no open file."""
+        """For pickle and ``copy.deepcopy``: the options alone. A copy starts afresh, with no model and no open file.
+
+        A subclass adds what its own constructor keeps.
+        """
         return LocalSGDCallback(timings=self._timings.folder, **self._settings.get_config()).__dict__
 
     def set_model(self, model: keras.Model) -> None:
