@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.communicators.base import Communicator, SharedVector
+from hvd_localsgd.communicators.base import Communicator, OfThisProcess, SharedVector
 from hvd_localsgd.communicators.launchers import launched_size
 from hvd_localsgd.errors import CommunicatorError
 
@@ -30,6 +30,7 @@ class MPICommunicator(Communicator):
     """
 
     name = "mpi"
+    _comm = OfThisProcess()
 
     def __init__(self) -> None:
         _prepare_loading()
@@ -133,6 +134,8 @@ class MPICommunicator(Communicator):
 
 class _Window(SharedVector):
     """Evenly spread over the ranks, so that none is a bottleneck; open to all from the first moment to the last."""
+
+    _window = OfThisProcess()
 
     def __init__(self, mpi: Any, comm: Any, values: np.ndarray, several_hosts: bool) -> None:
         self._mpi = mpi
