@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-from hvd_localsgd.communicators import choose
+from hvd_localsgd.communicators import choose, launchers
 from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.core import failures
 
@@ -16,7 +16,8 @@ def init(communicator: str = "auto") -> None:
     """Join the other ranks; pin this rank's GPU, or its fair share of the cores. Idempotent.
 
     Optional, because everything else calls it, but best called first thing in the script: TensorFlow fixes its
-    devices and threads when it is first used.
+    devices and threads when it is first used. In a process that a rank starts or forks, such as a data worker that
+    imports the script again, it joins nobody: there ``size()`` is 1.
 
     Args:
         communicator: ``"auto"`` (Horovod if it is initialised, else MPI under a launcher, else one process; or what
@@ -43,22 +44,36 @@ def get(communicator: str = "auto") -> Communicator:
 
 def rank() -> int:
     """This process' number, 0 <= rank < size, as in MPI."""
-    return get().rank
+    return _asked().rank
 
 
 def size() -> int:
     """The number of ranks."""
-    return get().size
+    return _asked().size
 
 
 def local_rank() -> int:
     """This process' number among those on the same host."""
-    return get().local_rank
+    return _asked().local_rank
 
 
 def local_size() -> int:
     """The number of ranks on this host."""
-    return get().local_size
+    return _asked().local_size
+
+
+def _asked() -> Communicator:
+    """``get``, for somebody who may deal out data by what it says."""
+    communicator, starter = get(), launchers.starter()
+    # A worker that imports the script again asks because the script does; what it says is of no consequence.
+    if starter and starter[1] > 1 and not launchers.importing_main_again():
+        warnings.warn(
+            f"A process that was started by rank {starter[0]} of {starter[1]} is no rank itself: rank() is 0 and size() is 1 "
+            "here. If its data depend on them, ask in the rank and hand them over, for example as an attribute of the "
+            "PyDataset.",
+            stacklevel=3,
+        )
+    return communicator
 
 
 def _take_own_devices(communicator: Communicator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,29 @@ from typing import Any
 import numpy as np
 
 from hvd_localsgd.errors import CommunicatorError
+
+
+class OfThisProcess:
+    """An attribute that only the process that set it can read: a forked child copies the whole object and is no rank.
+
+    Raises:
+        CommunicatorError: read in another process.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, holder: Any, value: Any) -> None:
+        holder.__dict__[self._name] = (os.getpid(), value)
+
+    def __get__(self, holder: Any, kind: type) -> Any:
+        process, value = holder.__dict__[self._name]
+        if process != os.getpid():
+            raise CommunicatorError(
+                f"Process {os.getpid()} was forked from process {process}, which is a rank, and cannot talk to the other ranks "
+                "in its place. Train in the rank itself; or, to train alone in the child, make a new callback or optimizer there."
+            )
+        return value
 
 
 class SharedVector(ABC):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.communicators.base import Communicator
+from hvd_localsgd.communicators.base import Communicator, OfThisProcess
 from hvd_localsgd.errors import CommunicatorError
 
 
@@ -24,6 +24,7 @@ class HorovodCommunicator(Communicator):
 
     name = "horovod"
     takes_tensors = True
+    _hvd = OfThisProcess()
 
     def __init__(self) -> None:
         # Sub-groups are made after hvd.init(), which Horovod must be told before.

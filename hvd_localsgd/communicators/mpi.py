@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.communicators.base import Communicator, SharedVector
+from hvd_localsgd.communicators.base import Communicator, OfThisProcess, SharedVector
 from hvd_localsgd.communicators.launchers import launched_size
 from hvd_localsgd.errors import CommunicatorError
 
@@ -31,9 +33,10 @@ class MPICommunicator(Communicator):
     """
 
     name = "mpi"
+    _comm = OfThisProcess()
 
     def __init__(self) -> None:
-        _prepare_loading()
+        too_late = not _prepare_loading()
         try:
             from mpi4py import MPI
         except ImportError as error:
@@ -46,6 +49,8 @@ class MPICommunicator(Communicator):
                 f"mpi4py found no MPI library ({str(error).splitlines()[0]}). Load your cluster's MPI module, or "
                 "install one as a wheel: pip install 'hvd-localsgd[mpi]'."
             ) from error
+        if too_late:
+            _mend_loading(MPI)
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise CommunicatorError(
                 "MPI was initialised with a thread level below MPI_THREAD_SERIALIZED, but TensorFlow calls the "
@@ -168,6 +173,8 @@ class MPICommunicator(Communicator):
 class _Window(SharedVector):
     """Evenly spread over the ranks, so that none is a bottleneck; open to all from the first moment to the last."""
 
+    _window = OfThisProcess()
+
     def __init__(self, mpi: Any, comm: Any, values: np.ndarray, several_hosts: bool) -> None:
         self._mpi = mpi
         self._bounds = np.linspace(0, values.size, comm.Get_size() + 1).astype(int)
@@ -213,15 +220,38 @@ class _Window(SharedVector):
         self._window.Free()
 
 
-def _prepare_loading() -> None:
-    """Two traps between mpi4py and an Open MPI that was installed as a wheel."""
+def _prepare_loading() -> bool:
+    """Traps between mpi4py, an Open MPI that was installed as a wheel, and TensorFlow; False if the last has closed already."""
     # A process that was not started by the wheel's own mpirun does not know where that Open MPI lies.
     if (Path(sys.prefix) / "bin" / "orted").exists() and (Path(sys.prefix) / "lib" / "libmpi.so.40").exists():
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
-    # TensorFlow brings a copy of hwloc whose symbols it makes global. An Open MPI whose symbols are bound lazily starts
-    # with its own hwloc and, once TensorFlow is there, ends with the other: a crash in MPI_Finalize (seen with 4.1.8).
+    # TensorFlow and MPI each have an hwloc inside, of different versions and open to all. If MPI's is global TensorFlow
+    # calls it and complains (hwloc_topology_set_flags() failed). If MPI's names are bound lazily, Open MPI 4.1.8 starts
+    # with its own and, once TensorFlow is there, ends with TensorFlow's: a crash in MPI_Finalize.
     try:
         from mpi4py import _mpiabi
     except ImportError:
-        return  # mpi4py built from source: bound when it is loaded
-    vars(_mpiabi)["_dlopen_mode"] = lambda: os.RTLD_NOW | os.RTLD_GLOBAL
+        return True  # mpi4py built from source: bound when it is loaded
+    if _mpiabi.LIBMPI_MODE is not None:
+        return True  # set here before, or by somebody who knows
+    _mpiabi.LIBMPI_MODE = os.RTLD_NOW | os.RTLD_LOCAL
+    loaded = "mpi4py.MPI" in sys.modules and hasattr(vars(_mpiabi)["_get_mpiabi"], "mpiabi")  # and by _mpiabi
+    return not loaded or bool(os.environ.get("LD_BIND_NOW"))
+
+
+def _mend_loading(mpi: Any) -> None:
+    """What can still be done where the script has imported mpi4py.MPI, lazily bound, before it called us."""
+    library = mpi.Get_library_version().split(",")[0]
+    imported = list(sys.modules)
+    if "Open MPI v4" not in library:
+        return  # Open MPI 5, MPICH and Intel MPI end well all the same
+    if "tensorflow" not in imported:
+        # What is global first is everybody's: TensorFlow will complain of an hwloc that is not its own, and nothing crashes.
+        ctypes.CDLL("libmpi.so.40", os.RTLD_NOLOAD | os.RTLD_GLOBAL)
+    elif imported.index("mpi4py.MPI") < imported.index("tensorflow") and mpi.COMM_WORLD.Get_rank() == 0:
+        warnings.warn(
+            f"mpi4py.MPI was imported first, then TensorFlow, then lsgd.init() was called: with {library} this process will "
+            "crash in MPI_Finalize when it ends (signal 11, after training). Call lsgd.init() before `from mpi4py import MPI`, "
+            "or import tensorflow before it, or set LD_BIND_NOW=1 in the environment of mpirun.",
+            stacklevel=2,
+        )
