@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import sys
 import time
 import weakref
@@ -53,6 +54,7 @@ class _Process:
     busy: bool = False  # in the middle of a sync: an error now must not start another collective call
     failed: bool = False  # all ranks know that the job has failed
     communicator: Any = None  # of the job
+    pid: int = 0  # who joined it: a forked child has a copy of all this, and must neither tell others nor end the job
     status: Any = 0  # what sys.exit was given
     # Not weakly: a trainer made inside a function is collected while SystemExit unwinds, and nobody would be left to tell.
     training: dict[int, Any] = field(default_factory=dict)
@@ -103,12 +105,13 @@ def install(communicator: Any) -> None:
     """Make an uncaught error end the whole job. Called by ``init``."""
     if _process.communicator is not None or communicator.size == 1:
         return
-    _process.communicator = communicator
+    _process.communicator, _process.pid = communicator, os.getpid()
     show, leave = sys.excepthook, sys.exit
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         show(kind, error, trace)
-        end_job(communicator, error)
+        if os.getpid() == _process.pid:
+            end_job(communicator, error)
 
     def exit_with(status: Any = None, /) -> NoReturn:
         _process.status = status or 0
@@ -137,6 +140,8 @@ def end_job(communicator: Any, error: BaseException) -> None:
 def _leave() -> None:
     """The process ends, and not by our excepthook."""
     communicator = _process.communicator
+    if os.getpid() != _process.pid:
+        return
     if (error := getattr(sys, "last_value", None)) is not None and not _process.failed:
         end_job(communicator, error)  # somebody else's excepthook has shown it
     for trainer in list(_process.training.values()):
