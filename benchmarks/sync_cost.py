@@ -60,10 +60,10 @@ def measure_model(name: str, repeats: int, tensors: bool = False) -> dict[str, A
 
     step()
     before = _peak_memory()
-    began = time.perf_counter()
     memory = TensorFlowMemory(own, tensors=tensors)
     memory.prepare(own, lambda: None)
     averager = lsgd.ModelAverager(memory, sync_every=1)
+    began = time.perf_counter()
     averager.begin()
     begin = time.perf_counter() - began
     began = time.perf_counter()
