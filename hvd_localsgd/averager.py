@@ -15,11 +15,11 @@ from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.pipeline import Memory
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Schedule
-from hvd_localsgd.core.timing import Round, Timings
+from hvd_localsgd.core.timing import Recorded, Timings
 
 
 @settings.shown
-class ModelAverager:
+class ModelAverager(Recorded):
     """Averages variables over ranks every H calls of ``step``.
 
     Stich (2018), Algorithm 1. ``with ModelAverager(...) as averager:`` begins and finishes; without ``with``, the first
@@ -61,16 +61,6 @@ class ModelAverager:
         self._communicator, self._reducer = communicator, reducer
         self._timings = Timings(timings)
         self._training = False
-
-    @property
-    def timings(self) -> list[Round]:
-        """This rank's rounds, oldest first. What is not a sync is ``compute``."""
-        return self._timings.rounds
-
-    @property
-    def totals(self) -> list[dict[str, Any]]:
-        """After ``finish``: sums over the rounds, one dict per rank."""
-        return self._timings.totals
 
     def begin(self) -> None:
         """All ranks agree on what is averaged, and get rank 0's values."""

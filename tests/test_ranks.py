@@ -7,7 +7,7 @@ from . import launched
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_collective(ranks, tmp_path):
-    selection = ["-m", "not layouts and not pairs"] if ranks > 2 else []
+    selection = ["-m", "not alone and not layouts and not pairs" if ranks > 2 else "not alone"]
     launched.assert_all_pass(launched.mpirun, ranks, tmp_path, *selection, "tests/collective", timeout=1800)
 
 

@@ -154,11 +154,6 @@ class LocalSGD:
         facts = {"interval": interval, **self._progress.round(), **asdict(outcome)}
         self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
 
-    def take_part(self) -> None:
-        """In the sync that others make of this model, while this rank waits for the end of another."""
-        self.count_pending()
-        self.synchronise()
-
     # What front ends ask and say between syncs.
 
     def request_stop(self) -> None:

@@ -45,8 +45,11 @@ class Trainer(Protocol):
     def finish(self) -> None:
         """Wait for the slowest rank's last sync."""
 
-    def take_part(self) -> None:
-        """In a sync that others make."""
+    def count_pending(self) -> None:
+        """The steps that its front end has not told it of yet."""
+
+    def synchronise(self) -> object:
+        """Take part in a sync that others make."""
 
 
 @dataclass(slots=True)

@@ -152,7 +152,8 @@ class Together:
                 f"{self.communicator.host}): train several models in the same order on every rank, in one thread."
             )
         if trainer.number != own["engine"]:
-            trainer.take_part()
+            trainer.count_pending()
+            trainer.synchronise()
 
     def refuse(self, decision: Decision) -> None:
         """Names the ranks (collective)."""

@@ -131,6 +131,22 @@ class Timings(Stopwatch):
         return sums
 
 
+class Recorded:
+    """A front end, whose rounds are recorded in ``_timings``."""
+
+    _timings: Timings
+
+    @property
+    def timings(self) -> list[Round]:
+        """This rank's rounds, oldest first."""
+        return self._timings.rounds
+
+    @property
+    def totals(self) -> list[dict[str, Any]]:
+        """When training has ended: sums over its rounds, one dict per rank."""
+        return self._timings.totals
+
+
 def mean(totals: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean over ranks of what ``Timings.sums`` gives (numbers only)."""
     numbers = [key for key, value in totals[0].items() if key not in ("rank", "host")]

@@ -20,14 +20,14 @@ from hvd_localsgd.core import settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.schedules import Schedule
-from hvd_localsgd.core.timing import PARTS, Round, Timings
+from hvd_localsgd.core.timing import PARTS, Recorded, Timings
 from hvd_localsgd.frontends import frames, keras_state
 from hvd_localsgd.frontends.input_probe import InputProbe
 from hvd_localsgd.frontends.table import print_table
 
 
 @settings.shown
-class LocalSGDCallback(Callback):
+class LocalSGDCallback(Recorded, Callback):
     """Skip gradient averaging; average the weights of all ranks every H local steps.
 
     Stich (2018), Algorithm 1; Yu, Yang & Zhu (2018), parallel restarted SGD. Put it first in the list of callbacks:
@@ -74,16 +74,6 @@ class LocalSGDCallback(Callback):
         """Called by Keras before everything else."""
         check_is_keras_3(model)
         super().set_model(model)
-
-    @property
-    def timings(self) -> list[Round]:
-        """This rank's rounds, oldest first."""
-        return self._timings.rounds
-
-    @property
-    def totals(self) -> list[dict[str, Any]]:
-        """After ``fit``: sums over the rounds, one dict per rank."""
-        return self._timings.totals
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """The same model, weights and optimizer state on all ranks."""

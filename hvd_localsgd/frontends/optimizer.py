@@ -20,7 +20,7 @@ from hvd_localsgd.backends.tensorflow.variables import components, floats
 from hvd_localsgd.core import settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
-from hvd_localsgd.core.timing import Round, Timings
+from hvd_localsgd.core.timing import Recorded, Timings
 from hvd_localsgd.frontends import frames, keras_state
 from hvd_localsgd.frontends.schedules import Schedule
 from hvd_localsgd.frontends.table import print_table
@@ -30,7 +30,7 @@ _maybe_merge_call = tf.__internal__.distribute.interim.maybe_merge_call
 
 @settings.shown
 @keras.saving.register_keras_serializable("hvd_localsgd")
-class LocalSGDOptimizer(keras.optimizers.Optimizer):
+class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
     """An optimizer that averages the weights of all ranks every H of its updates.
 
     Stich (2018), Algorithm 1. For ``compile``, for custom loops (eager or in ``tf.function``) and under
@@ -90,16 +90,6 @@ class LocalSGDOptimizer(keras.optimizers.Optimizer):
         self._timings = Timings(timings)
         self._in_training = False
         self._counts_itself = True
-
-    @property
-    def timings(self) -> list[Round]:
-        """This rank's rounds, oldest first."""
-        return self._timings.rounds
-
-    @property
-    def totals(self) -> list[dict[str, Any]]:
-        """After training: sums over the rounds, one dict per rank."""
-        return self._timings.totals
 
     # Local steps.
 

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from . import reference
 
+pytestmark = pytest.mark.pairs
+
 ROWS = 13
 ZEROS = np.float32([0, 1, 1, 0])
 TABLE = np.arange(1, 4 * ROWS + 1, dtype="float32").reshape(ROWS, 4) * ZEROS  # no row twice

@@ -16,6 +16,8 @@ import hvd_localsgd
 
 from . import reference
 
+pytestmark = pytest.mark.pairs
+
 INNER = {
     "sgd": lambda: keras.optimizers.SGD(0.05),
     "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
@@ -70,6 +72,7 @@ def saved_and_loaded(model, path):
     return loaded
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 def test_a_model_saved_before_or_after_training_goes_on_as_if_nothing_had_been(lsgd, inner, tmp_path):
@@ -83,6 +86,7 @@ def test_a_model_saved_before_or_after_training_goes_on_as_if_nothing_had_been(l
         assert local_steps(loaded.optimizer) == steps
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 def test_every_option_is_saved_and_loaded(lsgd, options, tmp_path):
