@@ -54,8 +54,8 @@ class ModelAverager(Recorded):
         reducer: Callable[[Communicator], Reducer] | None = None,
         **options: Any,
     ) -> None:
-        self._settings = settings.choose(sync_every, options)
-        if self._settings.optimizer_state != "keep":
+        self.settings = settings.choose(sync_every, options)
+        if self.settings.optimizer_state != "keep":
             raise ValueError("ModelAverager knows no optimizer: to average its state, pass it among the variables.")
         self._variables, self._broadcast = variables, broadcast
         self._communicator, self._reducer = communicator, reducer
@@ -107,5 +107,5 @@ class ModelAverager(Recorded):
             memory = assemble.memory(communicator, averaged)
             memory.prepare(averaged if self._broadcast else (), lambda: None)
         return assemble.engine(
-            self._settings, communicator, memory, self._timings, finish_at_exit=True, reducer=self._reducer
+            self.settings, communicator, memory, self._timings, finish_at_exit=True, reducer=self._reducer
         )

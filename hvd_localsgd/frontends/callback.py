@@ -44,6 +44,7 @@ class LocalSGDCallback(Recorded, Callback):
         timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
 
     Attributes:
+        settings: what was chosen, a ``hvd_localsgd.core.settings.Settings``.
         timings: list of ``hvd_localsgd.core.timing.Round``, this rank's rounds, oldest first.
         totals: after ``fit``, sums over its rounds, one dict per rank; the same on every rank.
 
@@ -59,7 +60,7 @@ class LocalSGDCallback(Recorded, Callback):
 
     def __init__(self, sync_every: int | Schedule = 16, *, timings: str | Path | None = None, **options: Any) -> None:
         super().__init__()
-        self._settings = settings.choose(sync_every, options)
+        self.settings = settings.choose(sync_every, options)
         self._training = False
         self._timings = Timings(timings)
 
@@ -68,7 +69,7 @@ class LocalSGDCallback(Recorded, Callback):
 
         A subclass adds what its own constructor keeps.
         """
-        return LocalSGDCallback(timings=self._timings.folder, **self._settings.get_config()).__dict__
+        return LocalSGDCallback(timings=self._timings.folder, **self.settings.get_config()).__dict__
 
     def set_model(self, model: keras.Model) -> None:
         """Called by Keras before everything else."""
@@ -86,7 +87,7 @@ class LocalSGDCallback(Recorded, Callback):
         for optimizer in keras_state.optimizers(model):
             _check_not_wrapped(optimizer)
         self._look_at_the_other_callbacks()
-        _build(model, self._settings.optimizer_state)
+        _build(model, self.settings.optimizer_state)
         self._input = InputProbe(model)
         self._epochs_begun = 0
         self._training = True
@@ -96,13 +97,13 @@ class LocalSGDCallback(Recorded, Callback):
         model, optimizers = self.model, keras_state.optimizers(self.model)
         state = keras_state.State(*optimizers)
         averaged = self._averaged()
-        averaged += state.variables if self._settings.optimizer_state == "average" else []
+        averaged += state.variables if self.settings.optimizer_state == "average" else []
         # What an engine has compiled is kept from fit to fit.
         if self._memory is None or not self._memory.holds(averaged):
             communicator = devices.get()
             self._memory = assemble.memory(communicator, averaged)
             self._engine = assemble.engine(
-                self._settings, communicator, self._memory, self._timings, finish_at_exit=False
+                self.settings, communicator, self._memory, self._timings, finish_at_exit=False
             )
         seeds = {id(v) for v in model.variables if "seed_generator_state" in v.path}
         start = {id(v): v for v in (*model.variables, *(v for each in optimizers for v in each.variables))}
@@ -149,7 +150,7 @@ class LocalSGDCallback(Recorded, Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Whatever came before was not computing."""
         self._timings.lap("input")
-        if self._settings.weighting == "samples":
+        if self.settings.weighting == "samples":
             self._seen_before = self._samples()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -212,7 +213,7 @@ class LocalSGDCallback(Recorded, Callback):
             self._engine.request_stop()
         self._engine.finish()
         if devices.rank() == 0 and self.params.get("verbose"):
-            print_table(self.totals, f"Local SGD, {self._settings.schedule}, {len(self.totals)} ranks")
+            print_table(self.totals, f"Local SGD, {self.settings.schedule}, {len(self.totals)} ranks")
 
     # Sync, and what surrounds it.
 
@@ -236,7 +237,7 @@ class LocalSGDCallback(Recorded, Callback):
 
     def _step_samples(self, steps: int) -> float:
         """Of the steps just taken: what they added to the count, which others may reset or add to between steps."""
-        if self._settings.weighting == "equal":
+        if self.settings.weighting == "equal":
             return 0.0
         return self._samples() - self._seen_before or float(
             steps

@@ -53,6 +53,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         name: as for every Keras optimizer.
 
     Attributes:
+        settings: what was chosen, a ``hvd_localsgd.core.settings.Settings``.
         timings: list of ``hvd_localsgd.core.timing.Round``, this rank's rounds, oldest first. What is not a sync is
             ``compute``: the optimizer cannot tell input from computing.
         totals: after the end of training, sums over those rounds, one dict per rank.
@@ -84,7 +85,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             raise ValueError(f"inner_optimizer must be a keras.optimizers.Optimizer. Received: {inner_optimizer!r}")
         if isinstance(inner_optimizer, LocalSGDOptimizer):
             raise ValueError("inner_optimizer is a LocalSGDOptimizer already: weights need averaging once.")
-        self._settings = settings.choose(sync_every, options)
+        self.settings = settings.choose(sync_every, options)
         self.inner_optimizer = inner_optimizer
         self._statistics = tuple(statistics)
         self._timings = Timings(timings)
@@ -106,7 +107,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             self._steps = self.add_variable((), "zeros", "int64", "only_first_replica", name="local_steps")
             self._next_sync = self.add_variable((), "zeros", "int64", "only_first_replica", name="next_sync")
             self._set_next_sync(-1)  # nobody has begun
-            if self._settings.weighting == "samples":
+            if self.settings.weighting == "samples":
                 self._samples = self.add_variable((), "zeros", "int64", "sum", name="samples")
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -115,7 +116,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         if not self.built:
             self.build(list(trainable_variables or []))
         dropped = _maybe_merge_call(lambda strategy: self._begin_if_due(), tf.distribute.get_strategy())
-        if self._settings.weighting == "samples":
+        if self.settings.weighting == "samples":
             self._count_batch()
         if not dropped:
             self.inner_optimizer.apply(grads, trainable_variables)
@@ -183,7 +184,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
 
     def _touched(self) -> list[Any]:
         """Every variable that a sync reads or writes."""
-        state = self._state.variables if self._settings.optimizer_state == "reset" else []
+        state = self._state.variables if self.settings.optimizer_state == "reset" else []
         return [*self._memory.variables, *state, *self._counters()]
 
     def _notice_loss_scaling(self) -> None:
@@ -257,7 +258,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             [*self._trainable_variables, *self._statistics, *keras_state.moving_averages(self.inner_optimizer)]
         )
         self._state = keras_state.State(self.inner_optimizer)
-        averaged += self._state.variables if self._settings.optimizer_state == "average" else []
+        averaged += self._state.variables if self.settings.optimizer_state == "average" else []
         if not hasattr(self, "_memory") or not self._memory.holds(averaged):
             communicator = devices.get()
             self._memory = assemble.memory(communicator, averaged)
@@ -266,7 +267,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             model = frames.caller_argument("fit", "self")
             compiled = model is not None and self in keras_state.wrapped(model.optimizer)
             self._engine = assemble.engine(
-                self._settings, communicator, self._memory, self._timings, finish_at_exit=not compiled
+                self.settings, communicator, self._memory, self._timings, finish_at_exit=not compiled
             )
             self._engine.count_pending = self._take_steps
         self._memory.prepare(self._start(), self._state.reset, self._statistics)
@@ -279,7 +280,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             self._in_training = False
             self._set_next_sync(-1)  # the next step, whenever it comes, begins
             if devices.rank() == 0:
-                print_table(self.totals, f"Local SGD, {self._settings.schedule}, {len(self.totals)} ranks")
+                print_table(self.totals, f"Local SGD, {self.settings.schedule}, {len(self.totals)} ranks")
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def _updates(self) -> int:
@@ -350,7 +351,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-            **{key: keras.saving.serialize_keras_object(value) for key, value in self._settings.get_config().items()},
+            **{key: keras.saving.serialize_keras_object(value) for key, value in self.settings.get_config().items()},
             "timings": None if self._timings.folder is None else str(self._timings.folder),
         }
 

@@ -280,8 +280,8 @@ def test_a_copy_of_a_callback_starts_afresh_with_the_same_options(lsgd, gather, 
     twin = COPIES[make_copy](callback)
     assert twin.timings == []
     assert twin.totals == []
-    assert twin._settings.get_config().keys() == callback._settings.get_config().keys()
-    assert twin._settings.description() == callback._settings.description()
+    assert twin.settings.get_config().keys() == callback.settings.get_config().keys()
+    assert twin.settings.description() == callback.settings.description()
     model = train(lsgd, compiled(INNER["momentum"]()), callbacks=[twin])
     batches = [5] * lsgd.size()
     expected, _ = reference.local_sgd(INNER["momentum"], 3, batches, state="average", weighting="samples")
