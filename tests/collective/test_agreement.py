@@ -127,6 +127,7 @@ def test_a_layer_that_is_adapted_to_each_ranks_own_data(lsgd, gather):
     assert all(other == predictions[0] for other in predictions)
 
 
+@pytest.mark.alone  # on several ranks, a fit that ends in the middle ends the job
 def test_a_layer_that_becomes_trainable_during_fit_is_named(lsgd):
     class Unfreeze(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
