@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,7 @@ class LocalSGDCallback(Recorded, Callback):
         super().set_model(model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """The same model, weights and optimizer state on all ranks."""
+        """What needs no other rank: checks, and all weights made."""
         model = self.model
         if keras.backend.backend() != "tensorflow":
             raise RuntimeError(
@@ -143,7 +144,8 @@ class LocalSGDCallback(Recorded, Callback):
         self._epochs_begun += 1
         self._steps_done = False
         self._batches = 0
-        self._updates_before = self._updates_done() if self.model.steps_per_execution > 1 else 0
+        several = self.model.steps_per_execution > 1 and self.model.optimizer is not None
+        self._updates_before = self._updates_done() if several else 0
         self._train_samples = self._validation_samples = 0.0
         self._first_round = len(self.timings)
 
@@ -169,10 +171,9 @@ class LocalSGDCallback(Recorded, Callback):
 
     def _batches_done(self, batch: int) -> int:
         """Of this epoch. The last execution of several may be a short one, and Keras does not say so."""
-        if self.model.steps_per_execution == 1:
-            return batch + 1
-        if known := self.params.get("steps"):
-            return min(batch + 1, known)
+        known = self.params.get("steps")
+        if known or self.model.steps_per_execution == 1 or self.model.optimizer is None:
+            return min(batch + 1, known or sys.maxsize)
         return self._updates_done() - self._updates_before
 
     def _updates_done(self) -> int:
