@@ -1,4 +1,4 @@
-"""Build the kernel for small variables for this environment's TensorFlow, once: ``python -m hvd_localsgd.tools.build_kernel``.
+"""Build the compiled kernel for this environment's TensorFlow, once: ``python -m hvd_localsgd.tools.build_kernel``.
 
 Optional: without it TensorFlow reads and assigns every small variable by an operation of its own, which matters for models
 that have thousands of them (docs/performance.md). It needs a C++ compiler and about 20 seconds, and is kept outside the

@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvd_localsgd.backends.tensorflow import kernel
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 from hvd_localsgd.backends.tensorflow.variables import components
 
@@ -82,9 +83,13 @@ def _run_if(condition: tf.Tensor, action: Callable[[], None]) -> None:
     """``tf.cond`` without an alternative, at a cost that does not grow with the number of variables.
 
     TensorFlow replaces its own by a Switch for each input, and the inputs are all variables: a microsecond for each at
-    every step, sync or not. This one is a single operation, which a function that spans devices could not be.
+    every step, sync or not. This one is a single operation, which a function that spans devices could not be: the kernel's,
+    if it has been built, or the one that runs a function in either case.
     """
     then = tf.function(action, autograph=False).get_concrete_function()
+    if operations := kernel.load():
+        operations.hvd_localsgd_run_if(condition=condition, input=then.captured_inputs, then=then)
+        return
     signature = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in then.captured_inputs]
     nothing = tf.function(lambda *_: None, autograph=False).get_concrete_function(*signature)
     tf.raw_ops.If(cond=condition, input=then.captured_inputs, Tout=[], then_branch=then, else_branch=nothing)
