@@ -17,6 +17,8 @@ EVERY_RANK = {
     "async_raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
     "async_nan": "NaN or infinity in the weights of rank 1",
     "nan": "NaN or infinity in the weights of rank 1",
+    "nan_row": "NaN or infinity in .*embedding/embeddings of rank 1 on .* at local step 8; all ranks",
+    "async_nan_row": "NaN or infinity in .*embedding/embeddings of rank 1 on .* at local step 8; they were not given",
     "empty_shard": "1 samples cannot be shared by 2 ranks",
     "zero": "sync_every must be an integer >= 1 .*Received: 0",
     "negative": "sync_every must be an integer >= 1 .*Received: -3",

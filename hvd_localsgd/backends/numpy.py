@@ -50,6 +50,10 @@ class NumpyMemory:
         """Arrays have no names."""
         return [["", list(array.shape), array.dtype.name] for array in [*self._arrays, *self._start]]
 
+    def name(self, block: int, element: int) -> str:
+        """Arrays have none: its number."""
+        return f"array {block}"
+
     def broadcast(self, communicator: Any) -> bool:
         """Into the arrays."""
         changed = []

@@ -39,9 +39,10 @@ class LocalSGD:
         finish_at_exit: bool,
     ) -> None:
         self.communicator, self.finish_at_exit = communicator, finish_at_exit  # for failures
-        self._settings, self._coordination, self._timings = settings, coordination, timings
-        self._pipeline, self._memory, self._progress = pipeline, pipeline.memory, Progress()
         self.number, self.count_pending = failures.number(communicator), lambda: None
+        self.progress = Progress()  # for front ends, to be read
+        self._settings, self._coordination, self._timings = settings, coordination, timings
+        self._pipeline, self._memory = pipeline, pipeline.memory
 
     def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
         """The same start everywhere: all ranks agree on what will be sent, then get rank 0's values.
@@ -52,28 +53,24 @@ class LocalSGD:
         """
         description = agreement.describe(self._settings, self._memory.description(), context)
         self._model = agreement.fingerprint(description)
-        self._progress.total = self._progress.total if total is None else total
+        own = header.row(engine=self.number, model=self._model, position=BEGIN, finite=True)
+        own["total"] = self.progress.total if total is None else total
         failures.begin(self)
         with failures.together(self):
-            own = header.row(
-                engine=self.number, model=self._model, position=BEGIN, total=self._progress.total, finite=True
-            )
-            table = header.exchange(self.communicator, own)
-            protocol.check_same_place(self.communicator, table, beginning=True)
-            agreement.check(self.communicator, table["model"], description)
+            table = protocol.agree(self.communicator, own, description)
             moved = self._memory.broadcast(self.communicator)
             self._pipeline.start()
             self._coordination.start()
-        self._progress.total = int(table["total"][0])
-        self._progress.begin(int(protocol.decide(table, self._settings).intervals[0]))  # no rank has a pace yet
+        first = protocol.decide(table, self._settings).intervals[0]  # no rank has a pace yet
+        self.progress.begin(int(table["total"][0]), int(first))
         self._timings.begin(self.communicator.rank)
         return moved
 
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
         """``steps`` more local steps were taken, on so many samples; whether the round is over."""
-        self._progress.steps += steps
-        self._progress.samples += samples
-        return self._progress.steps >= self._progress.interval
+        self.progress.steps += steps
+        self.progress.samples += samples
+        return self.progress.steps >= self.progress.interval
 
     def synchronise(self, message: bytes = b"", due: bool = True) -> list[bytes]:
         """One sync: header, decision, average. Every rank must call it.
@@ -91,15 +88,15 @@ class LocalSGD:
         with self._coordination.together(self):
             decision = self._decide(due)
             if decision.average:
-                self._record(self._progress.interval, self._average(decision))
-                self._progress.begin_round(int(decision.intervals[self._coordination.place]))
+                self._record(self.progress.interval, self._average(decision))
+                self.progress.begin_round(int(decision.intervals[self._coordination.place]))
             return self._exchange_messages(decision, message)
 
     def meet(self, position: float, message: bytes = b"") -> list[bytes]:
         """Take part in syncs until every rank has come to ``position``; then exchange messages."""
-        self._progress.position = position
+        self.progress.position = position
         messages: list[bytes] = []
-        while self._progress.reached < position:
+        while self.progress.reached < position:
             messages = self.synchronise(message, due=position == FINISHED or not self._settings.schedule.exact)
         return messages
 
@@ -115,10 +112,14 @@ class LocalSGD:
             self._timings.totals = [json.loads(entry) for entry in entries]
         failures.end(self)
 
+    def request_stop(self) -> None:
+        """This rank wants training to stop: all will hear of it at the next sync."""
+        self.progress.wants_stop = True
+
     # The parts of a sync, in the order in which they come.
 
     def _decide(self, due: bool) -> Decision:
-        progress, timings = self._progress, self._timings
+        progress, timings = self.progress, self._timings
         if timings.rounds:  # the first round traces and compiles
             progress.measure(timings.parts["compute"] + timings.parts["input"])
         finite = self._memory.is_finite()
@@ -134,14 +135,15 @@ class LocalSGD:
             return Outcome(drift=math.nan)
         weight = float(decision.weights[self._coordination.place])
         outcome = self._pipeline.send(weight, int((decision.weights > 0).sum()))
-        protocol.check_finite(self.communicator, decision, outcome.drift)
+        if not math.isfinite(outcome.drift):
+            self._coordination.refuse_average(decision, self._pipeline.unfinite)
         if self._settings.optimizer_state == "reset":
             self._memory.reset_state()
         self._timings.lap("outer")
         return replace(outcome, staleness=decision.staleness)
 
     def _exchange_messages(self, decision: Decision, message: bytes) -> list[bytes]:
-        progress = self._progress
+        progress = self.progress
         if decision.reached <= progress.reached:
             return []
         progress.reached = decision.reached
@@ -151,26 +153,5 @@ class LocalSGD:
 
     def _record(self, interval: int, outcome: Outcome) -> None:
         who = self.communicator
-        facts = {"interval": interval, **self._progress.round(), **asdict(outcome)}
+        facts = {"interval": interval, **self.progress.round(), **asdict(outcome)}
         self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
-
-    # What front ends ask and say between syncs.
-
-    def request_stop(self) -> None:
-        """This rank wants training to stop: all will hear of it at the next sync."""
-        self._progress.wants_stop = True
-
-    @property
-    def stopping(self) -> bool:
-        """Whether some rank wants that, as of the last sync."""
-        return self._progress.stopping
-
-    @property
-    def interval(self) -> int:
-        """H of this round."""
-        return self._progress.interval
-
-    @property
-    def total(self) -> int:
-        """Local steps until the last sync, in all."""
-        return self._progress.total

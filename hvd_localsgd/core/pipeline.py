@@ -13,7 +13,7 @@ import numpy as np
 from hvd_localsgd.core import huge_pages, layout
 from hvd_localsgd.core.layout import Array, Block
 from hvd_localsgd.core.reducers import Reducer
-from hvd_localsgd.core.stages import Drift, Stage
+from hvd_localsgd.core.stages import Drift, Finite, Stage
 from hvd_localsgd.core.timing import Timings
 
 
@@ -23,6 +23,9 @@ class Memory(Protocol):
     @property
     def blocks(self) -> Sequence[Block]:
         """What is averaged as one array each."""
+
+    def name(self, block: int, element: int) -> str:
+        """Of the variable that this element of a block belongs to."""
 
     def description(self) -> list[list[Any]]:
         """``[name, shape, dtype]`` of every variable that will ever be sent: what all ranks must agree on."""
@@ -48,7 +51,7 @@ class Outcome:
     """Of one average.
 
     Attributes:
-        drift: sqrt(1/K sum_k |x_k - average|^2); NaN or infinite if the average is.
+        drift: sqrt(1/K sum_k |x_k - average|^2); NaN or infinite if something that was averaged is.
         bytes: what this rank gave to the reduction.
         staleness: asynchronously, syncs of others since this rank last read the average.
     """
@@ -75,8 +78,8 @@ class Pipeline:
         self.memory, self.timings = memory, timings
         self.reducer: Reducer | None = None
         self._choose = choose
-        self._drift = Drift()
-        self._stages = (self._drift, *stages)
+        self._finite, self._drift = Finite(), Drift()
+        self._stages: tuple[Stage, ...] = (self._finite, self._drift, *stages)
 
     def start(self) -> None:
         """All ranks hold the same values and are about to train (collective)."""
@@ -106,11 +109,13 @@ class Pipeline:
         reducer, lap = self.reducer, self.timings.lap
         if reducer is None:
             return Outcome()
-        with self.memory.open() as arrays:
+        with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):  # looked at below
             for chunk in self._plan:
                 values = chunk.load(arrays, self._scratch)
                 for stage in self._stages:
                     values = stage.send(chunk, values)
+                if reducer.one_sided and self._finite.found:
+                    return Outcome(math.nan)  # before the others can read it
                 values *= weight
                 lap("pack")
                 values = reducer.sum(chunk, values)
@@ -120,10 +125,15 @@ class Pipeline:
                 chunk.save(arrays, values)
                 lap("unpack")
         lap("unpack")
-        squared = self._drift.squared()
-        total = reducer.total(squared / ranks if weight else 0.0)
+        squared = self._drift.squared() / ranks if weight else 0.0
+        total = reducer.total(math.nan if self._finite.found else squared)
         lap("communicate")
         return Outcome(math.sqrt(total) if total >= 0 else math.nan, self._bytes)
+
+    @property
+    def unfinite(self) -> str:
+        """The variable in which this rank was about to send NaN or infinity; empty if it was not."""
+        return self.memory.name(*self._finite.found) if self._finite.found else ""
 
     def finish(self) -> None:
         """Training has ended on all ranks (collective)."""

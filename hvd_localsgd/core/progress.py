@@ -35,8 +35,9 @@ class Progress:
     wants_stop: bool = False
     stopping: bool = False
 
-    def begin(self, interval: int) -> None:
-        """A training of its own; steps are counted on."""
+    def begin(self, total: int, interval: int) -> None:
+        """A training of its own; steps are counted on from ``total``."""
+        self.total = total
         self.steps, self.samples, self.interval = 0, 0.0, interval
         self.position = self.reached = 0.0
         self.pace, self.wants_stop, self.stopping = 0.0, False, False

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hvd_localsgd.core import failures
-from hvd_localsgd.core.agreement import hosts, where
+from hvd_localsgd.core.agreement import check, hosts, where
 from hvd_localsgd.core.failures import Trainer
 from hvd_localsgd.core.header import exchange, row
 from hvd_localsgd.core.progress import BEGIN, FINISHED
@@ -108,6 +108,9 @@ class Coordination(Protocol):
     def refuse(self, decision: Decision) -> None:
         """Weights are not finite, and are not averaged: raise, or warn if training ends because of it."""
 
+    def refuse_average(self, decision: Decision, variable: str) -> None:
+        """Raise: the average is not finite, because of this rank's ``variable`` if that is not empty."""
+
     def gather(self, message: bytes) -> list[bytes]:
         """The messages of all that came to the same position."""
 
@@ -165,6 +168,14 @@ class Together:
             text, stacklevel=4
         )  # somebody, TerminateOnNaN perhaps, has seen it and ends training in good order
 
+    def refuse_average(self, decision: Decision, variable: str) -> None:
+        """Names the ranks and their variables (collective)."""
+        found = [entry.decode() for entry in self.communicator.gather(variable.encode())]
+        names = hosts(self.communicator)
+        who = [f"{found[rank]} of {where([rank], names)}" for rank in range(len(found)) if found[rank]]
+        what = f"NaN or infinity in {', '.join(who)}" if who else "the average overflowed"
+        raise RankFailed(f"{what} at local step {decision.step}; all ranks have averaged it.{LESS}")
+
     def gather(self, message: bytes) -> list[bytes]:
         """All of them."""
         return self.communicator.gather(message)
@@ -211,10 +222,13 @@ class Alone:
 
     def refuse(self, decision: Decision) -> None:
         """This rank's own, which the others will hear of as its error."""
+        self.refuse_average(decision, "the weights")
+
+    def refuse_average(self, decision: Decision, variable: str) -> None:
+        """Likewise."""
+        what = f"NaN or infinity in {variable}" if variable else "the average overflowed: seen in the weights"
         who = f"rank {self.communicator.rank} on {self.communicator.host}"
-        text = (
-            f"NaN or infinity in the weights of {who} at local step {decision.step}; they were not given to the others."
-        )
+        text = f"{what} of {who} at local step {decision.step}; they were not given to the others."
         raise FloatingPointError(text + LESS)
 
     def gather(self, message: bytes) -> list[bytes]:
@@ -225,6 +239,19 @@ class Alone:
         """The only time that anybody waits."""
         exchange(self.communicator, row(position=FINISHED))
         self._counters.free()
+
+
+def agree(communicator: Any, own: np.ndarray, description: str) -> np.ndarray:
+    """All ranks' headers, once all begin to train the same (collective).
+
+    Raises:
+        RankFailed: on all ranks, if some begin to train and others do not.
+        RanksDiffer: on all ranks, with the first difference between their descriptions.
+    """
+    table = exchange(communicator, own)
+    check_same_place(communicator, table, beginning=True)
+    check(communicator, table["model"], description)
+    return table
 
 
 def check_same_place(communicator: Any, table: np.ndarray, beginning: bool) -> None:
@@ -238,17 +265,4 @@ def check_same_place(communicator: Any, table: np.ndarray, beginning: bool) -> N
         raise RankFailed(
             f"Some ranks start to train while others are in the middle of it, or train another model (seen on rank {communicator.rank} "
             f"on {communicator.host}). Call fit equally often on every rank, and let no rank leave it early."
-        )
-
-
-def check_finite(communicator: Any, decision: Decision, drift: float) -> None:
-    """The average is finite if the drift is.
-
-    Raises:
-        RankFailed: on all ranks, if it is not.
-    """
-    if not math.isfinite(drift):
-        raise RankFailed(
-            f"the average after local step {decision.step} is not finite (seen on rank {communicator.rank} on "
-            f"{communicator.host}).{LESS}"
         )

@@ -45,8 +45,41 @@ class Progress:
         return values
 
 
+class Finite:
+    """Is everything finite that goes out? Outermost: it brings the values into the cache, where the next can use them.
+
+    Attributes:
+        found: (block, element) of the first that was not.
+    """
+
+    found: tuple[int, int] | None
+
+    def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
+        """Nothing found."""
+        self.found = None
+
+    def send(self, chunk: Chunk, values: Array) -> Array:
+        """Every element is a factor in the product of the chunk's two halves: what is not finite, is not finite there."""
+        half = (chunk.elements + 1) // 2
+        product = np.asarray(values[None, :half] @ values[-half:, None]).item()
+        if self.found is None and not math.isfinite(product):
+            self._look_closely(chunk, np.asarray(values))  # finite values may have overflowed
+        return values
+
+    def receive(self, chunk: Chunk, values: Array) -> Array:
+        """The others have looked at theirs."""
+        return values
+
+    def _look_closely(self, chunk: Chunk, values: np.ndarray) -> None:
+        for index, start, stop, offset in chunk.pieces:
+            unfinite = ~np.isfinite(values[offset : offset + stop - start])
+            if unfinite.any():
+                self.found = index, start + int(unfinite.argmax())
+                return
+
+
 class Drift:
-    """How far this rank is from the average. Outermost: it sees what was, and what is."""
+    """How far this rank is from the average. It sees what was, and what is: only ``Finite`` is farther out."""
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """How much of each chunk to look at."""

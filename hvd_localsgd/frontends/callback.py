@@ -224,7 +224,7 @@ class LocalSGDCallback(Recorded, Callback):
         if self.model.stop_training:
             engine.request_stop()
         messages = sync()
-        if engine.stopping:
+        if engine.progress.stopping:
             self.model.stop_training = True
         return messages
 
@@ -279,7 +279,7 @@ class LocalSGDCallback(Recorded, Callback):
                 )
 
     def _warn_about_steps_per_execution(self) -> None:
-        steps, interval = self.model.steps_per_execution, self._engine.interval
+        steps, interval = self.model.steps_per_execution, self._engine.progress.interval
         if steps > 1 and interval % steps and devices.rank() == 0:
             warnings.warn(
                 f"steps_per_execution={steps} does not divide the {interval} local steps between syncs: each sync comes "

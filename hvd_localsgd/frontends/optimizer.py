@@ -163,7 +163,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         if self._take_back is not None:
             self._memory.restore(self._take_back)
             self._take_back = None
-            if self._updates() < self._engine.total + self._engine.interval:
+            if self._updates() < self._engine.progress.total + self._engine.progress.interval:
                 self._set_next_sync()
                 return
         self._take_steps()
@@ -172,7 +172,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
 
     def _take_steps(self) -> None:
         samples = self._samples_so_far()
-        self._engine.step(self._updates() - self._engine.total, samples - self._counted)
+        self._engine.step(self._updates() - self._engine.progress.total, samples - self._counted)
         self._counted = samples
         self._timings.lap("compute")
 
@@ -241,9 +241,9 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         context = Context({"front end": type(self).__name__}, [keras_state.describe(self.inner_optimizer)])
         moved = self._engine.begin(self._updates(), context)  # more than zero after loading from a file
         self._in_training, self._take_back = True, None
-        if self._engine.total != self._updates():  # rank 0 has taken other steps
+        if self._engine.progress.total != self._updates():  # rank 0 has taken other steps
             for part in components(self._steps):
-                part.assign(self._engine.total * self._steps_per_update)
+                part.assign(self._engine.progress.total * self._steps_per_update)
         self._counted = self._samples_so_far()
         self._set_next_sync()
         return moved
@@ -292,7 +292,9 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
 
     def _set_next_sync(self, updates: int | None = None) -> None:
         if updates is None:
-            updates = min(self._engine.total + self._engine.interval, sys.maxsize // self._steps_per_update)
+            updates = min(
+                self._engine.progress.total + self._engine.progress.interval, sys.maxsize // self._steps_per_update
+            )
         for part in components(self._next_sync):
             part.assign(updates * self._steps_per_update)
 

@@ -26,6 +26,9 @@ class Trouble(keras.callbacks.Callback):
                 sys.exit(3)
             if what == "dies":
                 os._exit(9)
+            if what == "nan_row":  # which no batch looks up: neither the loss nor a gradient shows it
+                embedding = self.model.layers[0]
+                embedding.embeddings.assign(np.where(np.arange(500)[:, None] == 333, np.nan, embedding.embeddings))
 
 
 if what == "raises_before_training" and odd:
@@ -33,6 +36,9 @@ if what == "raises_before_training" and odd:
 units = 4 if odd and what == "shape" else 3
 sync_every = {"zero": 0, "negative": -3, "fraction": 2.5, "text": "x"}.get(what, 4)
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(units), keras.layers.Dense(1)])
+if what == "nan_row":
+    layers = [keras.layers.Embedding(500, 8), keras.layers.Flatten(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((2,)), *layers])
 x, y = np.ones((400, 2), "float32"), np.ones((400, 1), "float32")
 if what == "empty_shard":
     x, y = lsgd.shard((x[:1], y[:1]))

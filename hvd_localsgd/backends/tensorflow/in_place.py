@@ -20,7 +20,7 @@ class InPlace:
     writes = False
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+        self.parts = parts
         self.blocks = [Block(part.size, part.wire, part.dtype.as_numpy_dtype == part.wire) for part in parts]
 
     def read(self, packed: bool) -> list[tf.Tensor]:
@@ -32,7 +32,7 @@ class InPlace:
         """
         tensors = []
         zero, one = tf.constant([0]), tf.constant([1])
-        for part in self._parts:
+        for part in self.parts:
             nothing = tf.constant(np.empty((0, *part.shape[1:]), part.dtype.as_numpy_dtype))
             tf.raw_ops.ResourceStridedSliceAssign(ref=part.handle, begin=zero, end=zero, strides=one, value=nothing)
             tf.raw_ops.DisableCopyOnRead(resource=part.handle)

@@ -37,7 +37,5 @@ def load() -> Any:
     try:
         return tf.load_op_library(str(library))
     except (tf.errors.OpError, OSError) as error:
-        warnings.warn(
-            f"going on without the compiled kernel; build it on this machine: {error}", stacklevel=2
-        )
+        warnings.warn(f"going on without the compiled kernel; build it on this machine: {error}", stacklevel=2)
         return None

@@ -31,6 +31,10 @@ class Way(Protocol):
     def writes(self) -> bool:
         """Whether there is anything to do after the average."""
 
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The variables, as they lie in the blocks."""
+
     def read(self, packed: bool) -> list[tf.Tensor]:
         """A tensor for each block. Traceable; ``packed`` outside of a graph of the user's."""
 
@@ -83,6 +87,16 @@ class TensorFlowMemory:
     def reset_state(self) -> None:
         """As it was prepared."""
         self._reset_state()
+
+    def name(self, block: int, element: int) -> str:
+        """As Keras shows it."""
+        owners = self._owners()
+        before = owners[:block].count(owners[block])  # blocks of the same way: one each, or one for all
+        parts = list(owners[block].parts)
+        if len(owners[block].blocks) == len(parts):
+            return parts[before].name
+        ends = np.cumsum([part.size for part in parts])
+        return parts[int(np.searchsorted(ends, element, side="right"))].name
 
     def description(self) -> list[list[Any]]:
         """Of what is averaged, then of what all ranks start with."""

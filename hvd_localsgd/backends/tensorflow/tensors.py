@@ -21,12 +21,12 @@ class Tensors:
     writes = True
 
     def __init__(self, parts: Sequence[Part], on_device: bool) -> None:
-        self._parts, self._wire, self._on_device = parts, parts[0].wire, on_device
+        self.parts, self._wire, self._on_device = parts, parts[0].wire, on_device
         self.blocks = [Block(sum(part.size for part in parts), self._wire, whole=True)]
 
     def read(self, packed: bool) -> list[tf.Tensor]:
         """One tensor. Traceable."""
-        return [tf.concat([self._read_one(part) for part in self._parts], 0)]
+        return [tf.concat([self._read_one(part) for part in self.parts], 0)]
 
     def _read_one(self, part: Part) -> tf.Tensor:
         reads = [tf.raw_ops.ReadVariableOp(resource=c.handle, dtype=part.dtype) for c in part.components]
@@ -42,7 +42,7 @@ class Tensors:
     def write(self, tensors: Sequence[tf.Tensor], packed: bool) -> None:
         """Assign the variables, every replica. Traceable."""
         (flat,) = tensors
-        for part, piece in zip(self._parts, tf.split(flat, [part.size for part in self._parts]), strict=True):
+        for part, piece in zip(self.parts, tf.split(flat, [part.size for part in self.parts]), strict=True):
             value = tf.cast(tf.raw_ops.Reshape(tensor=piece, shape=part.shape), part.dtype)
             for component in part.components:
                 tf.raw_ops.AssignVariableOp(resource=component.handle, value=value)

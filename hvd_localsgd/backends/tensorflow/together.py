@@ -26,7 +26,7 @@ class Together:
     writes = True
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts, self._wire = parts, parts[0].wire
+        self.parts, self._wire = parts, parts[0].wire
         self._size = sum(part.size for part in parts)
         self.blocks = [Block(self._size, self._wire, whole=True)]
         self._kernel: Any = kernel.load() if {part.dtype for part in parts} <= set(kernel.DTYPES) else None
@@ -42,13 +42,13 @@ class Together:
 
         For ``unstack`` each is there eight times: rows of a multiple of 64 bytes are taken out without copying them.
         """
-        handles = tf.raw_ops.Pack(values=[part.handle for part in self._parts])
+        handles = tf.raw_ops.Pack(values=[part.handle for part in self.parts])
         return handles if self._kernel else tf.raw_ops.Pack(values=[handles] * 8, axis=1)
 
     def _handles(self, packed: bool) -> list[tf.Tensor]:
         """In a graph one by one, for TensorFlow orders operations by them; the kernel takes both."""
         if not packed:
-            return [part.handle for part in self._parts]
+            return [part.handle for part in self.parts]
         return [self._packed] if self._kernel else tf.unstack(self._packed)
 
     def read(self, packed: bool) -> list[tf.Tensor]:
@@ -60,7 +60,7 @@ class Together:
         handles = self._handles(packed)
         if self._kernel:
             return [self._kernel.hvd_localsgd_read_variables(handles=handles, T=self._wire, size=self._size)]
-        return [tf.concat([self._read_one(h, part) for h, part in zip(handles, self._parts, strict=True)], 0)]
+        return [tf.concat([self._read_one(h, part) for h, part in zip(handles, self.parts, strict=True)], 0)]
 
     def _read_one(self, handle: tf.Tensor, part: Part) -> tf.Tensor:
         # As few operations as possible: there may be thousands of these.
@@ -78,7 +78,7 @@ class Together:
         if self._kernel:
             self._kernel.hvd_localsgd_write_variables(handles=handles, flat=flat)
             return
-        pieces = tf.split(flat, [part.size for part in self._parts])
-        for handle, part, piece in zip(handles, self._parts, pieces, strict=True):
+        pieces = tf.split(flat, [part.size for part in self.parts])
+        for handle, part, piece in zip(handles, self.parts, pieces, strict=True):
             value = piece if len(part.shape) == 1 else tf.reshape(piece, part.shape)
             tf.raw_ops.AssignVariableOp(resource=handle, value=tf.cast(value, part.dtype))

@@ -45,6 +45,7 @@ class Part:
     def __init__(self, variable: Any) -> None:
         self.components = components(variable)
         first = self.components[0]
+        self.name: str = getattr(variable, "path", variable.name)
         self.shape = tuple(first.shape)
         self.size = int(np.prod(self.shape))
         self.dtype = first.dtype.base_dtype
