@@ -41,6 +41,21 @@ def test_a_rank_that_comes_late_is_named_while_the_others_wait():
     assert re.search(r"rank 0 on \S+ has waited for \d s; not here: rank 1 on ", result.output), result.output
 
 
+@pytest.mark.parametrize("what", ["stops", "its data hang"])
+def test_a_rank_that_stands_still_is_named_until_it_goes_on(what):
+    result = run(what, HVD_LOCALSGD_STALL_WARNING="2")
+    assert result.status == 0, result.output
+    assert result.output.count("reached the end") == 2, result.output
+    assert re.search(r"rank 0 on \S+ has waited for \d s; not here: rank 1 on ", result.output), result.output
+
+
+def test_two_fits_in_two_threads_are_refused():
+    result = run("fits in two threads")
+    assert result.status != 0, result.output
+    assert "reached the end" not in result.output, result.output
+    assert re.search(r"RuntimeError: Two threads train at the same time \(rank \d on ", result.output), result.output
+
+
 def test_nobody_is_named_where_all_is_well():
     result = run("nothing")
     assert result.status == 0, result.output

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -40,6 +41,7 @@ class LocalSGD:
     ) -> None:
         self.communicator, self.finish_at_exit = communicator, finish_at_exit  # for failures
         self.number, self.count_pending = failures.number(communicator), lambda: None
+        self.thread = threading.get_ident()
         self.progress = Progress()  # for front ends, to be read
         self._settings, self._coordination, self._timings = settings, coordination, timings
         self._pipeline, self._memory = pipeline, pipeline.memory

@@ -34,6 +34,7 @@ class Trainer(Protocol):
     Attributes:
         communicator: through what.
         number: of those on this communicator.
+        thread: that made it.
         finish_at_exit: whether a process that ends in good order in between waits for the others; if not, it has left
             them in the middle of something, and the job ends with an error.
     """
@@ -41,6 +42,7 @@ class Trainer(Protocol):
     communicator: Any
     finish_at_exit: bool
     number: int
+    thread: int
 
     def finish(self) -> None:
         """Wait for the slowest rank's last sync."""
@@ -56,6 +58,7 @@ class Trainer(Protocol):
 class _Process:
     busy: bool = False  # in the middle of a sync: an error now must not start another collective call
     failed: bool = False  # all ranks know that the job has failed
+    threads: bool = False  # two threads have trained at once
     communicator: Any = None  # of the job
     pid: int = 0  # who joined it: a forked child has a copy of all this, and must neither tell others nor end the job
     status: Any = 0  # what sys.exit was given
@@ -68,7 +71,16 @@ _process = _Process()
 
 
 def begin(trainer: Trainer) -> None:
-    """From now on the other ranks count on this one."""
+    """From now on the other ranks count on this one.
+
+    Raises:
+        RuntimeError: another thread is training. Other ranks may begin the same trainings in another order, and the weights of
+            two models of the same shape would meet; so both of this rank's end.
+    """
+    if trainer.communicator.size > 1:
+        others = [each for each in _process.training.values() if each.communicator is trainer.communicator]
+        _process.threads |= any(each.thread != trainer.thread for each in others)
+    _check_one_thread(trainer)
     _process.training[id(trainer)] = trainer
     _process.failed = False
 
@@ -94,6 +106,7 @@ def trainer(communicator: Any, number: int) -> Trainer | None:
 @contextlib.contextmanager
 def together(trainer: Trainer) -> Iterator[None]:
     """All ranks make the calls in here. After an error in here nobody may start another."""
+    _check_one_thread(trainer)
     before, _process.busy = _process.busy, True
     try:
         yield
@@ -102,6 +115,14 @@ def together(trainer: Trainer) -> Iterator[None]:
         end(trainer)
         raise
     _process.busy = before  # a rank that waits for the end of one model may take part in a sync of another
+
+
+def _check_one_thread(trainer: Trainer) -> None:
+    if _process.threads:
+        raise RuntimeError(
+            f"Two threads train at the same time (rank {trainer.communicator.rank} on {trainer.communicator.host}): ranks cannot tell "
+            "whose turn it is. Train one model after another, or all in one thread."
+        )
 
 
 def install(communicator: Any) -> None:

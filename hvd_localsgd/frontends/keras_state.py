@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from hvd_localsgd.backends.tensorflow.variables import components, floats
@@ -73,9 +74,15 @@ def wrapped(optimizer: Any) -> list[Any]:
     return [optimizer, *(wrapped(inner) if inner is not None else [])]
 
 
-def describe_layers(model: keras.Model) -> list[dict[str, Any]]:
-    """What each layer computes: the same on two ranks only if the layers are, but for names and random seeds."""
-    return [describe(layer) | _vocabulary(layer) for layer in model._flatten_layers(include_self=False)]
+def describe_layers(model: keras.Model, adapted: bool = False) -> list[dict[str, Any]]:
+    """What each layer computes: the same on two ranks only if the layers are, but for names and random seeds.
+
+    Args:
+        model: built or not.
+        adapted: whether what Normalization was adapted to must be the same too.
+    """
+    layers = model._flatten_layers(include_self=False)
+    return [describe(layer) | _vocabulary(layer) | (_adapted(layer) if adapted else {}) for layer in layers]
 
 
 def _vocabulary(layer: Any) -> dict[str, str]:
@@ -85,6 +92,14 @@ def _vocabulary(layer: Any) -> dict[str, str]:
     except Exception:  # no lookup layer, or one that has none yet
         return {}
     return {"vocabulary": sha256(words.encode()).hexdigest()[:12]}
+
+
+def _adapted(layer: Any) -> dict[str, str]:
+    """Of a layer that computes with tensors made by ``adapt``."""
+    if not isinstance(layer, keras.layers.Normalization) or getattr(layer, "mean", None) is None:
+        return {}
+    values = b"".join(np.asarray(value).tobytes() for value in (layer.mean, layer.variance))
+    return {"adapted to": sha256(values).hexdigest()[:12]}
 
 
 def describe(part: Any) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
     _engine: LocalSGD  # made before the first step
     _memory: TensorFlowMemory
     _state: keras_state.State
+    _model: Callable[[], keras.Model | None]  # the one that was compiled with this, where that is known
     _take_back: list[np.ndarray] | None = None
     _counted: float = 0
 
@@ -238,7 +240,10 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
 
     def _begin(self) -> bool:
         """Whether that changed this rank's weights."""
-        context = Context({"front end": type(self).__name__}, [keras_state.describe(self.inner_optimizer)])
+        model = self._model()
+        # Traced graphs have the tensors inside that adapt has made: they must be the same, to broadcast them is not enough.
+        layers = [] if model is None else keras_state.describe_layers(model, adapted=True)
+        context = Context({"front end": type(self).__name__}, [*layers, keras_state.describe(self.inner_optimizer)])
         moved = self._engine.begin(self._updates(), context)  # more than zero after loading from a file
         self._in_training, self._take_back = True, None
         if self._engine.progress.total != self._updates():  # rank 0 has taken other steps
@@ -266,6 +271,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             # the optimizer that the model was compiled with.
             model = frames.caller_argument("fit", "self")
             compiled = model is not None and self in keras_state.wrapped(model.optimizer)
+            self._model = weakref.ref(model) if compiled else lambda: None
             self._engine = assemble.engine(
                 self.settings, communicator, self._memory, self._timings, finish_at_exit=not compiled
             )

@@ -41,22 +41,37 @@ ODD_MODELS = {
 }
 
 
+FRONT_ENDS = pytest.mark.parametrize("front_end", ["callback", "optimizer"])
+
+
+def compiled_for(lsgd, front_end, model):
+    """The callbacks for fit. With the optimizer an error comes out of a graph, and TensorFlow wraps it."""
+    if front_end == "callback":
+        model.compile("sgd", "mse")
+        return [lsgd.LocalSGDCallback(2)]
+    model.compile(lsgd.LocalSGDOptimizer(keras.optimizers.SGD(), 2), "mse")
+    return []
+
+
+@FRONT_ENDS
 @pytest.mark.parametrize("difference", ODD_MODELS)
-def test_models_that_compute_something_else(lsgd, several_ranks, difference):
+def test_models_that_compute_something_else(lsgd, several_ranks, front_end, difference):
     usual, other, words = ODD_MODELS[difference]
     model = (other if odd(lsgd) else usual)()
-    model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=rf"Ranks hold different models: .*{words}.*rank {lsgd.size() - 1} on "):
-        fit(lsgd, model, 2, lsgd.LocalSGDCallback(2))
+    callbacks = compiled_for(lsgd, front_end, model)
+    x, y = reference.data(lsgd.rank(), 2)
+    with pytest.raises(Exception, match=rf"Ranks hold different models: .*{words}.*rank {lsgd.size() - 1} on "):
+        model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
 
 
-def test_words_that_mean_other_rows(lsgd, several_ranks):
+@FRONT_ENDS
+def test_words_that_mean_other_rows(lsgd, several_ranks, front_end):
     lookup = keras.layers.StringLookup(vocabulary=["a", "b"] if not odd(lsgd) else ["b", "a"])
     model = keras.Sequential([keras.Input((1,), dtype="string"), lookup, keras.layers.Embedding(4, 2), DENSE(1)])
-    model.compile("sgd", "mse")
+    callbacks = compiled_for(lsgd, front_end, model)
     x = tf.constant([["a"], ["b"]])
-    with pytest.raises(ValueError, match="'class': 'StringLookup', 'vocabulary': "):
-        model.fit(x, np.zeros((2, 1)), verbose=0, callbacks=[lsgd.LocalSGDCallback(2)])
+    with pytest.raises(Exception, match="'class': 'StringLookup', 'vocabulary': "):
+        model.fit(x, np.zeros((2, 1)), verbose=0, callbacks=callbacks)
 
 
 ODD_OPTIMIZERS = {
@@ -71,7 +86,7 @@ ODD_OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("front_end", ["callback", "optimizer"])
+@FRONT_ENDS
 @pytest.mark.parametrize("difference", ODD_OPTIMIZERS)
 def test_optimizers_that_do_something_else(lsgd, several_ranks, front_end, difference):
     optimizer = ODD_OPTIMIZERS[difference][odd(lsgd)]()
@@ -127,6 +142,22 @@ def test_a_layer_that_is_adapted_to_each_ranks_own_data(lsgd, gather):
     assert all(other == predictions[0] for other in predictions)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_the_optimizer_cannot_adapt_a_layer_anew_and_says_so(lsgd, gather, several_ranks, same):
+    """What a layer was adapted to is inside the graph by then. The same on every rank is no problem."""
+    normalization = keras.layers.Normalization()
+    normalization.adapt(reference.data(0 if same else lsgd.rank(), 4)[0])
+    model = model_of(normalization)
+    compiled_for(lsgd, "optimizer", model)
+    x, y = reference.data(lsgd.rank(), 2)
+    if same:
+        model.fit(x, y, batch_size=8, verbose=0)
+        reference.assert_same_everywhere(gather, model)
+    else:
+        with pytest.raises(Exception, match="part 1 is {'class': 'Normalization', 'adapted to': "):
+            model.fit(x, y, batch_size=8, verbose=0)
+
+
 @pytest.mark.alone  # on several ranks, a fit that ends in the middle ends the job
 def test_a_layer_that_becomes_trainable_during_fit_is_named(lsgd):
     class Unfreeze(keras.callbacks.Callback):
@@ -158,8 +189,8 @@ class TwoParts(keras.Model):
         self.first = keras.Sequential([keras.Input((reference.FEATURES,)), DENSE(3), DENSE(1)])
         self.second = keras.Sequential([keras.Input((reference.FEATURES,)), DENSE(1)])
 
-    def compile(self, first, second):
-        super().compile()
+    def compile(self, first, second, **arguments):
+        super().compile(**arguments)
         self.first_optimizer, self.second_optimizer = first, second
 
     def train_step(self, data):
@@ -170,6 +201,53 @@ class TwoParts(keras.Model):
             weights = part.trainable_variables
             optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
         return {"loss": loss}
+
+
+class Siamese(keras.Model):
+    """As in Keras' example: batches of three inputs and no target, which its ``train_step`` takes apart itself."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.tracker = keras.metrics.Mean(name="loss")
+
+    def call(self, inputs):
+        return self.network(inputs)
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            near, far = self.network(data)
+            loss = tf.reduce_mean(tf.maximum(near - far + 0.5, 0.0))
+        weights = self.network.trainable_weights
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        self.tracker.update_state(loss)
+        return {"loss": self.tracker.result()}
+
+    @property
+    def metrics(self):
+        return [self.tracker]
+
+
+@FRONT_ENDS
+def test_a_model_that_takes_its_batches_apart_itself(lsgd, gather, front_end):
+    keras.utils.set_random_seed(5)
+    tower = keras.Sequential([keras.Input((reference.FEATURES,)), DENSE(4, "tanh"), DENSE(2)])
+    inputs = [keras.Input((reference.FEATURES,)) for _ in range(3)]
+    anchor, positive, negative = map(tower, inputs)
+
+    def distance(pair):
+        return keras.ops.sum(keras.ops.square(pair[0] - pair[1]), axis=-1)
+
+    near, far = (keras.layers.Lambda(distance)([anchor, other]) for other in (positive, negative))
+    model = Siamese(keras.Model(inputs, [near, far]))
+    before = [w.copy() for w in tower.get_weights()]
+    callbacks = compiled_for(lsgd, front_end, model)
+    data = [reference.data(lsgd.rank(), 3, seed=seed)[0] for seed in range(3)]
+    batches = tf.data.Dataset.from_tensor_slices(tuple(data)).batch(8)
+    history = model.fit(batches, epochs=2, verbose=0, callbacks=callbacks)
+    assert np.isfinite(history.history["loss"]).all()
+    assert any((old != new).any() for old, new in zip(before, tower.get_weights(), strict=True))
+    reference.assert_same_everywhere(gather, model)
 
 
 @pytest.mark.parametrize("state", ["keep", "average", "reset"])
@@ -192,6 +270,15 @@ def test_optimizers_that_a_train_step_keeps_for_itself(lsgd, gather, state):
             assert not any(slot.any() for slot in slots)
         if state == "average":
             assert len({b"".join(s.tobytes() for s in other) for other in gather(slots)}) == 1
+
+
+def test_steps_of_several_batches_without_an_optimizer_that_counts_them(lsgd, gather):
+    model = TwoParts()
+    model.compile(keras.optimizers.SGD(0.01), keras.optimizers.SGD(0.01), steps_per_execution=2)
+    callback = lsgd.LocalSGDCallback(2)
+    fit(lsgd, model, 5, callback)
+    assert [r.last_step for r in callback.timings if r.steps] == [2, 4, 5]
+    reference.assert_same_everywhere(gather, model)
 
 
 def test_a_recompiled_model_has_another_optimizer(lsgd):

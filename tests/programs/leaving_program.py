@@ -1,6 +1,8 @@
 """One way to leave or not to come: python tests/programs/leaving_program.py WHAT; rank 1 is the one that does it."""
 
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,6 +33,15 @@ if odd and what == "fails in a thread":
 if odd and what == "comes late":
     time.sleep(8)
 
+if odd and what.startswith("stops"):
+
+    def go_on():
+        time.sleep(6)
+        os.kill(os.getppid(), signal.SIGCONT)
+
+    watcher = multiprocessing.get_context("fork").Process(target=go_on)
+    watcher.start()
+
 import keras
 import numpy as np
 
@@ -43,6 +54,20 @@ class Leave(keras.callbacks.Callback):
             sys.exit(0)
         if odd and batch == 3 and what == "catches its error":
             raise ValueError("mine")
+        if odd and batch == 3 and what == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Hangs(keras.utils.PyDataset):
+    """Whose worker, a process of its own, hangs for a while on rank 1."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if odd and index == 5:
+            time.sleep(8)
+        return x[:4], y[:4]
 
 
 def main():
@@ -58,6 +83,10 @@ def main():
         callbacks = []
     if odd and what == "never fits":
         return
+    if what == "its data hang":
+        model.fit(Hangs(workers=1, use_multiprocessing=True), verbose=0, callbacks=callbacks)
+        print("reached the end")
+        return
     try:
         model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
     except ValueError:
@@ -67,4 +96,34 @@ def main():
     print("reached the end")
 
 
-main()
+def in_threads():
+    """Twins, whose fits the ranks begin in another order; one waits in its first step for the other to begin."""
+    begun, over = threading.Event(), threading.Event()
+
+    class Wait(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            begun.set()
+            over.wait(30)
+
+    def fit(model, callbacks):
+        try:
+            model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
+            print("reached the end")
+        finally:
+            over.set()
+
+    models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
+    for model in models:
+        model.compile("sgd", "mse")
+    first, second = models if odd else models[::-1]
+    threads = [threading.Thread(target=fit, args=(first, [lsgd.LocalSGDCallback(2), Wait()]))]
+    threads.append(threading.Thread(target=fit, args=(second, [lsgd.LocalSGDCallback(2)])))
+    threads[0].start()
+    begun.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    in_threads() if what == "fits in two threads" else main()
