@@ -1,12 +1,16 @@
 # make demo   train for real on two ranks, and see where the time goes
 # make test   everything that is checked
+# make test-oldest   a part of it with the oldest TensorFlow and Keras that are supported, and MPICH
 # make test-fast   what a change breaks first, in under 4 minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The oldest that is supported: of Python what is there, of TensorFlow and Keras what constraints-oldest.txt says.
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= $(firstword $(foreach version,3.10 3.11 3.12,$(shell command -v python$(version))) $(PYTHON))
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-fast horovod clean
+.PHONY: demo test test-fast test-oldest horovod clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -19,6 +23,12 @@ test: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+	$(MAKE) test-oldest
+
+# With MPICH, where the other environment has Open MPI.
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/hvd-localsgd run -np 2 $(OLDEST)/bin/pytest -q --color=no -m "not alone and not layouts" \
+	  tests/collective/test_callback.py tests/collective/test_optimizer.py tests/collective/test_saving.py
 
 # Everything that one process can show, then the parts and a front end on two ranks.
 test-fast: $(VENV)/ready
@@ -40,9 +50,15 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py
 	  -e '.[tensorflow-cpu,mpi,examples,dev]'
 	@touch $@
 
+$(OLDEST)/ready: pyproject.toml constraints-oldest.txt setup.py
+	@$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+	  -e '.[tensorflow-cpu]' mpich pytest hypothesis scipy
+	@touch $@
+
 # Horovod for this environment: built once, kept as a wheel outside the tree, tried out on two ranks.
 horovod: $(VENV)/ready
 	$(BIN)/python -m hvd_localsgd.tools.build_horovod
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info

@@ -152,6 +152,7 @@ class LocalSGDCallback(Recorded, Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Whatever came before was not computing."""
         self._timings.lap("input")
+        self._first_batch = batch
         if self.settings.weighting == "samples":
             self._seen_before = self._samples()
 
@@ -159,7 +160,7 @@ class LocalSGDCallback(Recorded, Callback):
         """One local step, or ``steps_per_execution`` of them; a sync if the round is over."""
         engine = self._engine
         self._timings.lap("compute")
-        done = self._batches_done(batch)
+        done = self._batches_done()
         due = engine.step(done - self._batches, self._step_samples(done - self._batches))
         if not self._batches:
             self._check_still_the_same()
@@ -169,11 +170,11 @@ class LocalSGDCallback(Recorded, Callback):
             self._timings.lap("compute")
             self._synchronise(engine.synchronise)
 
-    def _batches_done(self, batch: int) -> int:
+    def _batches_done(self) -> int:
         """Of this epoch. The last execution of several may be a short one, and Keras does not say so."""
-        known = self.params.get("steps")
-        if known or self.model.steps_per_execution == 1 or self.model.optimizer is None:
-            return min(batch + 1, known or sys.maxsize)
+        known, several = self.params.get("steps"), self.model.steps_per_execution
+        if known or several == 1 or self.model.optimizer is None:
+            return min(self._first_batch + several, known or sys.maxsize)
         return self._updates_done() - self._updates_before
 
     def _updates_done(self) -> int:

@@ -29,14 +29,11 @@ class InputProbe:
         self._waited = self._ran = self._share = 0.0
         self._next = math.inf  # set by the first step, which traces and compiles
         self._warm = False
-        # Before 3.9 the train function takes no Python iterator.
-        self._installed = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 9)
-        if self._installed:
-            model.train_function = self._step
+        model.train_function = self._step
 
     def remove(self) -> None:
         """Give the model its own train function back."""
-        if self._installed and self._model.train_function == self._step:
+        if self._model.train_function == self._step:
             self._model.train_function = self._inner
 
     def _step(self, iterator: Any) -> Any:

@@ -215,7 +215,7 @@ class Killed(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.skipif("int(os.environ.get('OMPI_COMM_WORLD_SIZE', 1)) > 1", reason="an error ends the other ranks")
+@pytest.mark.alone  # an error ends the other ranks
 def test_a_backup_is_restored(lsgd, tmp_path):
     model = compiled(lsgd.LocalSGDOptimizer(INNER["adam"](), sync_every=2))
     with pytest.raises(KeyboardInterrupt):
