@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,7 +46,7 @@ class ModelAverager(Recorded):
     def __init__(
         self,
         variables: Sequence[Any] | Memory,
-        sync_every: int | Schedule = 16,
+        sync_every: int | str | Schedule | Callable[..., int] = 16,
         *,
         timings: str | Path | None = None,
         broadcast: bool = True,
@@ -61,11 +61,14 @@ class ModelAverager(Recorded):
         self._communicator, self._reducer = communicator, reducer
         self._timings = Timings(timings)
         self._training = False
+        self._told: dict[str, float] = {}
 
     def begin(self) -> None:
         """All ranks agree on what is averaged, and get rank 0's values."""
         if self._engine is None:
             self._engine = self._make_engine()
+        self._check_told(self.settings.schedule.needs - {"loss"})
+        self._engine.tell(**self._told)
         self._engine.begin(context=Context({"front end": type(self).__name__}))
         self._training = True
 
@@ -77,8 +80,23 @@ class ModelAverager(Recorded):
         due = self._engine.step(steps, samples)
         if due:
             self._timings.lap("compute")
+            self._check_told(self.settings.schedule.needs)
+            self._engine.tell(**self._told)
             self._engine.synchronise()
         return due
+
+    def tell(self, **known: float) -> None:
+        """What the schedule needs to know of ``rate``, ``loss`` and ``remaining`` (local steps): before ``begin``, and again when it changes.
+
+        The loss is only known after steps: before the first sync.
+        """
+        if unknown := set(known) - {"rate", "loss", "remaining"}:
+            raise TypeError(f"tell() takes rate, loss and remaining. Received: {sorted(unknown)}")
+        self._told |= {name: float(value) for name, value in known.items()}
+
+    def _check_told(self, needs: Collection[str]) -> None:
+        if missing := sorted(set(needs) - set(self._told)):
+            raise ValueError(f"{self.settings.schedule} needs the {missing[0]}: call tell({missing[0]}=...) first.")
 
     def finish(self) -> None:
         """Wait for the slowest rank, and average once more: all ranks end with the same values."""

@@ -6,7 +6,7 @@ import pytest
 
 from . import launched
 
-PAGES = [launched.ROOT / "README.md", *sorted((launched.ROOT / "docs").glob("*.md"))]
+PAGES = [launched.ROOT / "README.md", *sorted((launched.ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES

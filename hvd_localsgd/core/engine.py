@@ -55,7 +55,7 @@ class LocalSGD:
         """
         description = agreement.describe(self._settings, self._memory.description(), context)
         self._model = agreement.fingerprint(description)
-        own = header.row(engine=self.number, model=self._model, position=BEGIN, finite=True)
+        own = header.row(engine=self.number, model=self._model, position=BEGIN, finite=True, **self.progress.seen)
         own["total"] = self.progress.total if total is None else total
         failures.begin(self)
         with failures.together(self):
@@ -63,8 +63,8 @@ class LocalSGD:
             moved = self._memory.broadcast(self.communicator)
             self._pipeline.start()
             self._coordination.start()
-        first = protocol.decide(table, self._settings).intervals[0]  # no rank has a pace yet
-        self.progress.begin(int(table["total"][0]), int(first))
+        decision = protocol.decide(table, self._settings)  # no rank has a pace yet
+        self.progress.begin(int(table["total"][0]), decision.now, int(decision.intervals[0]))
         self._timings.begin(self.communicator.rank)
         return moved
 
@@ -91,7 +91,7 @@ class LocalSGD:
             decision = self._decide(due)
             if decision.average:
                 self._record(self.progress.interval, self._average(decision))
-                self.progress.begin_round(int(decision.intervals[self._coordination.place]))
+                self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
             return self._exchange_messages(decision, message)
 
     def meet(self, position: float, message: bytes = b"") -> list[bytes]:
@@ -114,6 +114,10 @@ class LocalSGD:
             self._timings.totals = [json.loads(entry) for entry in entries]
         failures.end(self)
 
+    def tell(self, **seen: float) -> None:
+        """What this rank sees of ``rate``, ``loss`` and ``remaining``: all will hear of it at the next sync."""
+        self.progress.seen.update(seen)
+
     def request_stop(self) -> None:
         """This rank wants training to stop: all will hear of it at the next sync."""
         self.progress.wants_stop = True
@@ -126,7 +130,7 @@ class LocalSGD:
             progress.measure(timings.parts["compute"] + timings.parts["input"])
         finite = self._memory.is_finite()
         own = header.row(engine=self.number, model=self._model, due=due, finite=finite, **progress.fields())
-        decision = self._coordination.decide(own)
+        decision = self._coordination.decide(own, progress.last)
         timings.lap("wait")
         progress.stopping = decision.stop
         return decision
@@ -142,6 +146,9 @@ class LocalSGD:
         if self._settings.optimizer_state == "reset":
             self._memory.reset_state()
         self._timings.lap("outer")
+        self.progress.measure_sync(
+            sum(self._timings.parts[part] for part in ("pack", "communicate", "unpack", "outer"))
+        )
         return replace(outcome, staleness=decision.staleness)
 
     def _exchange_messages(self, decision: Decision, message: bytes) -> list[bytes]:

@@ -18,6 +18,11 @@ HEADER = np.dtype(
         ("samples", np.float64),  # samples those steps saw
         ("due", np.bool_),  # this rank's round is over, or has to end here
         ("pace", np.float64),  # seconds of a local step, lately; 0: not known yet
+        ("sync", np.float64),  # seconds of a sync, lately, without waiting; 0: not known yet
+        ("clock", np.float64),  # seconds since training began here
+        ("rate", np.float64),  # the learning rate; NaN: nobody asked, as the next two
+        ("loss", np.float64),  # the training loss
+        ("remaining", np.float64),  # local steps until the planned end
         ("finite", np.bool_),  # no NaN or infinity in this rank's weights
         ("stop", np.bool_),  # this rank wants training to stop
         ("failed", np.bool_),  # this rank has raised an error and is about to end

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any
+
+from hvd_localsgd.core.schedules import Now
 
 FINISHED = math.inf
 BEGIN = -1.0
+NOTHING_SEEN = {"rate": math.nan, "loss": math.nan, "remaining": math.nan}
 
 
 @dataclass(slots=True)
@@ -21,6 +25,10 @@ class Progress:
         position: where this rank is; it only grows (two per epoch in ``fit``), and is infinite when it has finished.
         reached: where every rank has come to, as of the last sync.
         pace: seconds of a local step, lately; 0: not known yet.
+        sync: seconds of a sync, lately, without waiting for others; 0: not known yet.
+        began: when, by ``time.perf_counter``.
+        seen: what the schedule needs of ``rate``, ``loss`` and ``remaining``; NaN where it does not.
+        last: what all ranks knew at the last sync.
         wants_stop: this rank wants training to stop.
         stopping: some rank does, as of the last sync.
     """
@@ -32,18 +40,23 @@ class Progress:
     position: float = 0.0
     reached: float = FINISHED
     pace: float = 0.0
+    sync: float = 0.0
+    began: float = 0.0
+    seen: dict[str, float] = field(default_factory=lambda: dict(NOTHING_SEEN))
+    last: Now | None = None
     wants_stop: bool = False
     stopping: bool = False
 
-    def begin(self, total: int, interval: int) -> None:
+    def begin(self, total: int, now: Now, interval: int) -> None:
         """A training of its own; steps are counted on from ``total``."""
-        self.total = total
+        self.total, self.last, self.began, self.sync = total, now, time.perf_counter(), 0.0
         self.steps, self.samples, self.interval = 0, 0.0, interval
         self.position = self.reached = 0.0
         self.pace, self.wants_stop, self.stopping = 0.0, False, False
 
-    def begin_round(self, interval: int) -> None:
+    def begin_round(self, now: Now, interval: int) -> None:
         """The steps of the last round are behind us."""
+        self.last = now
         self.total += self.steps
         self.steps, self.samples, self.interval = 0, 0.0, interval
 
@@ -52,6 +65,10 @@ class Progress:
         if self.steps:
             latest = seconds / self.steps
             self.pace = (self.pace + latest) / 2 if self.pace else latest
+
+    def measure_sync(self, seconds: float) -> None:
+        """Likewise."""
+        self.sync = (self.sync + seconds) / 2 if self.sync else seconds
 
     def round(self) -> dict[str, int]:
         """The steps of this round, for its record."""
@@ -65,5 +82,8 @@ class Progress:
             "total": self.total + self.steps,
             "samples": self.samples,
             "pace": self.pace,
+            "sync": self.sync,
+            "clock": time.perf_counter() - self.began,
+            **self.seen,
             "stop": self.wants_stop,
         }

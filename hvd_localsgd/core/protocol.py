@@ -20,6 +20,7 @@ from hvd_localsgd.core.agreement import check, hosts, where
 from hvd_localsgd.core.failures import Trainer
 from hvd_localsgd.core.header import exchange, row
 from hvd_localsgd.core.progress import BEGIN, FINISHED
+from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.errors import RankFailed
 
@@ -31,7 +32,7 @@ class Decision:
     """What all ranks do next.
 
     Attributes:
-        step: the local step that the farthest rank has come to.
+        now: what all ranks know alike, of the local step that the farthest rank has come to.
         average: whether weights are averaged now.
         weights: of each rank in it, float64; they sum to 1, or nobody took a step.
         intervals: H of each rank's next round, int64.
@@ -41,7 +42,7 @@ class Decision:
         staleness: asynchronously, syncs of others since this rank last read the average.
     """
 
-    step: int
+    now: Now
     average: bool
     weights: np.ndarray
     intervals: np.ndarray
@@ -51,18 +52,21 @@ class Decision:
     staleness: int = 0
 
 
-def decide(table: np.ndarray, settings: Settings) -> Decision:
+def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> Decision:
     """The decision that follows from all ranks' headers.
 
     Args:
         table: of dtype ``header.HEADER``, shape (K,), by rank. Another order of the ranks only changes the order of the answer.
         settings: the same on every rank.
+        last: what all ranks knew at the last sync; None: training begins.
     """
+    now = _now(table).after(last)
+    now = replace(now, next=_interval(settings, now))
     return Decision(
-        step=int(table["total"].max()),
+        now=now,
         average=bool(table["due"].any() and table["steps"].any()),
         weights=_weights(table, settings),
-        intervals=_intervals(table, settings),
+        intervals=_intervals(table, settings, now.next),
         stop=bool(table["stop"].any()),
         unfinite=tuple(int(rank) for rank in np.flatnonzero(~table["finite"])),
         reached=float(table["position"].min()),
@@ -78,9 +82,30 @@ def _weights(table: np.ndarray, settings: Settings) -> np.ndarray:
     return share / total if total else share
 
 
-def _intervals(table: np.ndarray, settings: Settings) -> np.ndarray:
+def _now(table: np.ndarray) -> Now:
+    """The table in few numbers, none of which depends on the order of the ranks."""
+    losses, weights = table["loss"], np.maximum(table["steps"], 1) * np.isfinite(table["loss"])
+    loss = math.fsum(np.where(weights, losses, 0.0) * weights) / math.fsum(weights) if weights.any() else None
+    rate, remaining = (table[name][np.isfinite(table[name])] for name in ("rate", "remaining"))
+    return Now(
+        step=int(table["total"].max()),
+        remaining=int(remaining.max()) if remaining.size else None,
+        rate=float(rate.max()) if rate.size else None,
+        loss=loss,
+        seconds=float(table["clock"].max()),
+        step_seconds=float(table["pace"].max()),
+        sync_seconds=float(table["sync"].max()),
+    )
+
+
+def _interval(settings: Settings, now: Now) -> int:
+    """H, and no more than the steps that remain."""
+    interval = settings.schedule.interval(now)
+    return min(interval, now.remaining) if now.remaining and not settings.schedule.exact else interval
+
+
+def _intervals(table: np.ndarray, settings: Settings, interval: int) -> np.ndarray:
     """H; balanced, each rank's own, so that all take equally long (Yu et al. 2018, workers of unequal speed)."""
-    interval = settings.schedule.interval(int(table["total"].max()))
     pace = table["pace"]
     if settings.interval == "equal" or not pace.all():
         return np.full(len(table), interval, np.int64)
@@ -102,8 +127,8 @@ class Coordination(Protocol):
     def together(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Around a sync."""
 
-    def decide(self, own: np.ndarray) -> Decision:
-        """What to do, given this rank's header."""
+    def decide(self, own: np.ndarray, last: Now | None) -> Decision:
+        """What to do, given this rank's header, and what the last sync has left behind."""
 
     def refuse(self, decision: Decision) -> None:
         """Weights are not finite, and are not averaged: raise, or warn if training ends because of it."""
@@ -136,13 +161,13 @@ class Together:
         """All ranks are in it."""
         return failures.together(trainer)
 
-    def decide(self, own: np.ndarray) -> Decision:
+    def decide(self, own: np.ndarray, last: Now | None) -> Decision:
         """On the headers of all, once all are about the same model."""
         while True:
             table = exchange(self.communicator, own)
             check_same_place(self.communicator, table, beginning=False)
             if (table["engine"] == own["engine"]).all():
-                return decide(table, self.settings)
+                return decide(table, self.settings, last)
             self._help(table, own)
 
     def _help(self, table: np.ndarray, own: np.ndarray) -> None:
@@ -161,7 +186,7 @@ class Together:
     def refuse(self, decision: Decision) -> None:
         """Names the ranks (collective)."""
         ranks = where(decision.unfinite, hosts(self.communicator))
-        text = f"NaN or infinity in the weights of {ranks} at local step {decision.step}; nothing was averaged."
+        text = f"NaN or infinity in the weights of {ranks} at local step {decision.now.step}; nothing was averaged."
         if not decision.stop:
             raise RankFailed(text + LESS)
         warnings.warn(
@@ -174,7 +199,7 @@ class Together:
         names = hosts(self.communicator)
         who = [f"{found[rank]} of {where([rank], names)}" for rank in range(len(found)) if found[rank]]
         what = f"NaN or infinity in {', '.join(who)}" if who else "the average overflowed"
-        raise RankFailed(f"{what} at local step {decision.step}; all ranks have averaged it.{LESS}")
+        raise RankFailed(f"{what} at local step {decision.now.step}; all ranks have averaged it.{LESS}")
 
     def gather(self, message: bytes) -> list[bytes]:
         """All of them."""
@@ -201,12 +226,12 @@ class Alone:
         """Nobody else is in it: whoever fails in here can still tell the others."""
         return nullcontext()
 
-    def decide(self, own: np.ndarray) -> Decision:
+    def decide(self, own: np.ndarray, last: Now | None) -> Decision:
         """On this rank's header. Every rank weighs 1/K, whenever it comes."""
         staleness = self._count(own) if own["steps"] or own["stop"] else 0
         own = own.copy()
         own["stop"] |= self._stop
-        decision = decide(own.reshape(1), self.settings)
+        decision = decide(own.reshape(1), self.settings, last)
         return replace(decision, weights=decision.weights / self.communicator.size, staleness=staleness)
 
     def _count(self, own: np.ndarray) -> int:
@@ -228,7 +253,7 @@ class Alone:
         """Likewise."""
         what = f"NaN or infinity in {variable}" if variable else "the average overflowed: seen in the weights"
         who = f"rank {self.communicator.rank} on {self.communicator.host}"
-        text = f"{what} of {who} at local step {decision.step}; they were not given to the others."
+        text = f"{what} of {who} at local step {decision.now.step}; they were not given to the others."
         raise FloatingPointError(text + LESS)
 
     def gather(self, message: bytes) -> list[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
@@ -34,7 +34,12 @@ class Settings:
         ValueError: an unknown choice, or choices that do not go together.
     """
 
-    sync_every: int | Schedule = option(16, as_schedule, "H, local steps between two syncs, or a ``Schedule``.")
+    sync_every: Any = option(
+        16,
+        as_schedule,
+        'H, local steps between two syncs; or a ``Schedule``; ``"auto"``, which is ``Auto()``; or a function of some of '
+        "``step``, ``round``, ``rate``, ``loss`` and ``remaining`` that gives H.",
+    )
     optimizer_state: Literal["keep", "average", "reset"] = option(
         "keep",
         ("keep", "average", "reset"),
@@ -115,6 +120,19 @@ def choose(sync_every: Any, options: dict[str, Any]) -> Settings:
     if unknown := [name for name in options if name not in names]:
         raise TypeError(f"There is no option {unknown[0]!r}. Options are: {', '.join(names)}.")
     return Settings(sync_every=sync_every, **options)
+
+
+def check_needs(schedule: Schedule, known: Collection[str], front_end: str) -> None:
+    """Raise unless the front end knows what the schedule looks at.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if unknown := schedule.needs - set(known):
+        raise ValueError(
+            f"{schedule} needs the {' and the '.join(sorted(unknown))}, which {front_end} does not see. LocalSGDCallback does, and "
+            "ModelAverager is told by tell()."
+        )
 
 
 _Class = TypeVar("_Class", bound=type)

@@ -59,7 +59,13 @@ class LocalSGDCallback(Recorded, Callback):
     _memory: TensorFlowMemory | None = None
     _counted_for: Any = None
 
-    def __init__(self, sync_every: int | Schedule = 16, *, timings: str | Path | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        sync_every: int | str | Schedule | Callable[..., int] = 16,
+        *,
+        timings: str | Path | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.settings = settings.choose(sync_every, options)
         self._training = False
@@ -111,6 +117,7 @@ class LocalSGDCallback(Recorded, Callback):
         self._memory.prepare([v for v in start.values() if id(v) not in seeds], state.reset)
         facts = {"front end": type(self).__name__, "first epoch": str(epoch)}
         context = Context(facts, [*keras_state.describe_layers(model), *map(keras_state.describe, optimizers)])
+        self._tell()
         self._engine.begin(self._steps_before(), context)
         keras_state.finalize(model)
         self._warn_about_steps_per_execution()
@@ -138,12 +145,14 @@ class LocalSGDCallback(Recorded, Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Two positions per epoch: 2e + 1 when its steps are done, 2e + 2 when its logs are averaged."""
+        self._batches = 0
+        self._epoch = epoch
         if self._epochs_begun == 0:
+            self._loss = math.nan
             self._begin(epoch)
         self._position = 2.0 * self._epochs_begun
         self._epochs_begun += 1
         self._steps_done = False
-        self._batches = 0
         several = self.model.steps_per_execution > 1 and self.model.optimizer is not None
         self._updates_before = self._updates_done() if several else 0
         self._train_samples = self._validation_samples = 0.0
@@ -160,6 +169,8 @@ class LocalSGDCallback(Recorded, Callback):
         """One local step, or ``steps_per_execution`` of them; a sync if the round is over."""
         engine = self._engine
         self._timings.lap("compute")
+        if "loss" in self.settings.schedule.needs:
+            self._loss = float((logs or {}).get("loss", math.nan))
         done = self._batches_done()
         due = engine.step(done - self._batches, self._step_samples(done - self._batches))
         if not self._batches:
@@ -222,12 +233,28 @@ class LocalSGDCallback(Recorded, Callback):
     def _synchronise(self, sync: Callable[[], list[bytes]]) -> list[bytes]:
         engine = self._engine
         self._input.estimate(self._timings)
+        self._tell()
         if self.model.stop_training:
             engine.request_stop()
         messages = sync()
         if engine.progress.stopping:
             self.model.stop_training = True
         return messages
+
+    def _tell(self) -> None:
+        """What the schedule needs to know, and nothing else: to ask takes time."""
+        needs, planned = self.settings.schedule.needs, self.params.get("steps")
+        if "rate" in needs:
+            (optimizer, *_) = keras_state.optimizers(self.model)
+            self._engine.tell(rate=float(keras.ops.convert_to_numpy(optimizer.learning_rate)))
+        if "loss" in needs:
+            self._engine.tell(loss=self._loss)
+        if "remaining" in needs:
+            if not planned:
+                raise ValueError(
+                    f"{self.settings.schedule} needs to know how long training is, and the data do not say: pass steps_per_epoch."
+                )
+            self._engine.tell(remaining=(self.params["epochs"] - self._epoch) * planned - self._batches)
 
     def _finish_training_steps(self) -> None:
         if not self._steps_done:  # on_test_begin may have been here before on_epoch_end

@@ -75,7 +75,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer,
-        sync_every: int | Schedule = 16,
+        sync_every: int | str | Schedule | Callable[..., int] = 16,
         *,
         statistics: Sequence[Any] = (),
         timings: str | Path | None = None,
@@ -88,6 +88,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         if isinstance(inner_optimizer, LocalSGDOptimizer):
             raise ValueError("inner_optimizer is a LocalSGDOptimizer already: weights need averaging once.")
         self.settings = settings.choose(sync_every, options)
+        settings.check_needs(self.settings.schedule, {"rate"}, type(self).__name__)
         self.inner_optimizer = inner_optimizer
         self._statistics = tuple(statistics)
         self._timings = Timings(timings)
@@ -169,8 +170,13 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
                 self._set_next_sync()
                 return
         self._take_steps()
+        self._tell()
         self._engine.synchronise()
         self._set_next_sync()
+
+    def _tell(self) -> None:
+        if self.settings.schedule.needs:
+            self._engine.tell(rate=float(np.asarray(self.learning_rate)))
 
     def _take_steps(self) -> None:
         samples = self._samples_so_far()
@@ -244,6 +250,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         # Traced graphs have the tensors inside that adapt has made: they must be the same, to broadcast them is not enough.
         layers = [] if model is None else keras_state.describe_layers(model, adapted=True)
         context = Context({"front end": type(self).__name__}, [*layers, keras_state.describe(self.inner_optimizer)])
+        self._tell()
         moved = self._engine.begin(self._updates(), context)  # more than zero after loading from a file
         self._in_training, self._take_back = True, None
         if self._engine.progress.total != self._updates():  # rank 0 has taken other steps

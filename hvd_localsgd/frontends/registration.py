@@ -14,7 +14,22 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = "hvd_localsgd"
-SAVED = ("Constant", "Growing", "InverseTimeDecay", "LocalSGDOptimizer", "OneShot", "SyncSteps")
+SAVED = (
+    "AdaComm",
+    "Auto",
+    "Constant",
+    "Function",
+    "Growing",
+    "InverseTimeDecay",
+    "Join",
+    "LocalSGDOptimizer",
+    "OneShot",
+    "PostLocal",
+    "QuadraticSync",
+    "Stagewise",
+    "SyncSteps",
+    "Warmup",
+)
 
 
 class StandIn:

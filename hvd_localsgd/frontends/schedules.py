@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import keras
 
-from hvd_localsgd.core.schedules import SCHEDULES, Constant, Growing, OneShot, Schedule, SyncSteps
+from hvd_localsgd.core.schedules import (
+    SCHEDULES,
+    AdaComm,
+    Auto,
+    Constant,
+    Function,
+    Growing,
+    Join,
+    Now,
+    OneShot,
+    PostLocal,
+    QuadraticSync,
+    Schedule,
+    Stagewise,
+    SyncSteps,
+    Warmup,
+)
 
-__all__ = ["Constant", "Growing", "OneShot", "Schedule", "SyncSteps"]
+__all__ = [
+    "AdaComm",
+    "Auto",
+    "Constant",
+    "Function",
+    "Growing",
+    "Join",
+    "Now",
+    "OneShot",
+    "PostLocal",
+    "QuadraticSync",
+    "Schedule",
+    "Stagewise",
+    "SyncSteps",
+    "Warmup",
+]
 
 for _schedule in SCHEDULES:
     keras.saving.register_keras_serializable("hvd_localsgd")(_schedule)
