@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hvd_localsgd.frontends.data import shard
     from hvd_localsgd.frontends.iterates import IterateAverage
     from hvd_localsgd.frontends.optimizer import LocalSGDOptimizer
+    from hvd_localsgd.frontends.outer import Mean, Nesterov, SlowMo
     from hvd_localsgd.frontends.rates import InverseTimeDecay
     from hvd_localsgd.frontends.schedules import (
         AdaComm,
@@ -52,13 +53,16 @@ _HOME = {
     "LocalSGDCallback": "frontends.callback",
     "LocalSGDError": "errors",
     "LocalSGDOptimizer": "frontends.optimizer",
+    "Mean": "frontends.outer",
     "ModelAverager": "averager",
+    "Nesterov": "frontends.outer",
     "Now": "frontends.schedules",
     "OneShot": "frontends.schedules",
     "PostLocal": "frontends.schedules",
     "QuadraticSync": "frontends.schedules",
     "RankFailed": "errors",
     "Schedule": "frontends.schedules",
+    "SlowMo": "frontends.outer",
     "Stagewise": "frontends.schedules",
     "SyncSteps": "frontends.schedules",
     "Warmup": "frontends.schedules",
@@ -86,13 +90,16 @@ __all__ = [
     "LocalSGDCallback",
     "LocalSGDError",
     "LocalSGDOptimizer",
+    "Mean",
     "ModelAverager",
+    "Nesterov",
     "Now",
     "OneShot",
     "PostLocal",
     "QuadraticSync",
     "RankFailed",
     "Schedule",
+    "SlowMo",
     "Stagewise",
     "SyncSteps",
     "Warmup",

@@ -10,33 +10,38 @@ import numpy as np
 from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.core import protocol, reducers, stages
 from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.outer import Mean, Outer, OuterStep
 from hvd_localsgd.core.pipeline import Memory, Pipeline
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.timing import Timings
 
 
-def memory(communicator: Communicator, averaged: Sequence[Any]) -> Any:
+def memory(communicator: Communicator, averaged: Sequence[Any], settings: Settings, plain: Sequence[Any] = ()) -> Any:
     """The memory of the framework that these variables belong to.
 
     Args:
         communicator: whether it takes tensors decides how variables on a device are reached.
         averaged: numpy arrays; or TensorFlow or Keras variables.
+        settings: what the user chose.
+        plain: those of them that are statistics, or state of an optimizer, and no weights.
 
     Raises:
         TypeError: arrays and variables are mixed, or some cannot be averaged.
         ValueError: an array is not contiguous or cannot be written to.
     """
+    outer = not isinstance(settings.outer, Mean)
+    plain = plain if outer else ()  # else all are alike, and go together
     arrays = [isinstance(each, np.ndarray) for each in averaged]
     if arrays and all(arrays):
         from hvd_localsgd.backends.numpy import NumpyMemory
 
-        return NumpyMemory(averaged)
+        return NumpyMemory(averaged, plain)
     if any(arrays):
         raise TypeError("Give numpy arrays, or variables of TensorFlow or Keras, but not both.")
     from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 
-    return TensorFlowMemory(averaged, on_device=communicator.takes_tensors)
+    return TensorFlowMemory(averaged, plain, on_device=communicator.takes_tensors and not outer)
 
 
 def engine(
@@ -59,16 +64,27 @@ def engine(
             has left them in the middle of something, and the job ends with an error.
         reducer: makes the reducer; None: the fastest is measured.
     """
+    outer = _outer_steps(settings)
     alone = settings.mode == "async" and communicator.size > 1
 
     def choose(payload: int) -> Reducer | None:
         if communicator.size == 1:
-            return None
+            return reducers.fastest(communicator, payload) if outer else None
         if reducer is not None:
             return reducer(communicator)
         fastest = reducers.fastest(communicator, payload)
         return reducers.OneSided(communicator, fastest.chunk_bytes) if alone else fastest
 
     coordination = (protocol.Alone if alone else protocol.Together)(communicator, settings)
-    pipeline = Pipeline(memory, choose, [stages.Progress()] if alone else [], timings)
+    pipeline = Pipeline(memory, choose, outer, [stages.Progress()] if alone else [], timings)
     return LocalSGD(settings, communicator, coordination, pipeline, timings, finish_at_exit)
+
+
+def _outer_steps(settings: Settings) -> list[stages.Stage]:
+    if isinstance(settings.outer, Mean):
+        return []
+    if isinstance(settings.outer, Outer):
+        return [OuterStep(settings.outer)]
+    from hvd_localsgd.backends.tensorflow.outer import KerasOuterStep
+
+    return [KerasOuterStep(settings.outer)]

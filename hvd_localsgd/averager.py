@@ -12,6 +12,7 @@ from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.core import settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.outer import Mean
 from hvd_localsgd.core.pipeline import Memory
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Schedule
@@ -29,6 +30,7 @@ class ModelAverager(Recorded):
         variables: numpy arrays (contiguous, changed in place), or TensorFlow or Keras variables, of floating dtype, the same
             list on every rank; or a ``core.pipeline.Memory`` of another framework's.
         {options}
+        statistics: further arrays or variables, which are averaged and no more, whatever ``outer`` is.
         timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
         broadcast: all ranks begin with rank 0's values; otherwise each with its own.
         communicator: through what; None: that of this process, which ``lsgd.init`` chose.
@@ -48,6 +50,7 @@ class ModelAverager(Recorded):
         variables: Sequence[Any] | Memory,
         sync_every: int | str | Schedule | Callable[..., int] = 16,
         *,
+        statistics: Sequence[Any] = (),
         timings: str | Path | None = None,
         broadcast: bool = True,
         communicator: Communicator | None = None,
@@ -57,7 +60,7 @@ class ModelAverager(Recorded):
         self.settings = settings.choose(sync_every, options)
         if self.settings.optimizer_state != "keep":
             raise ValueError("ModelAverager knows no optimizer: to average its state, pass it among the variables.")
-        self._variables, self._broadcast = variables, broadcast
+        self._variables, self._statistics, self._broadcast = variables, list(statistics), broadcast
         self._communicator, self._reducer = communicator, reducer
         self._timings = Timings(timings)
         self._training = False
@@ -67,7 +70,7 @@ class ModelAverager(Recorded):
         """All ranks agree on what is averaged, and get rank 0's values."""
         if self._engine is None:
             self._engine = self._make_engine()
-        self._check_told(self.settings.schedule.needs - {"loss"})
+        self._check_told(self.settings.needs - {"loss"})
         self._engine.tell(**self._told)
         self._engine.begin(context=Context({"front end": type(self).__name__}))
         self._training = True
@@ -75,12 +78,16 @@ class ModelAverager(Recorded):
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
         """So many local steps were taken, on so many samples; averages if the round is over, and says whether it did."""
         if not self._training:
+            if not isinstance(self.settings.outer, Mean):
+                raise RuntimeError(
+                    "The outer step starts from the weights before the first local step: call begin() first, or use with."
+                )
             self.begin()
         assert self._engine is not None
         due = self._engine.step(steps, samples)
         if due:
             self._timings.lap("compute")
-            self._check_told(self.settings.schedule.needs)
+            self._check_told(self.settings.needs)
             self._engine.tell(**self._told)
             self._engine.synchronise()
         return due
@@ -96,7 +103,7 @@ class ModelAverager(Recorded):
 
     def _check_told(self, needs: Collection[str]) -> None:
         if missing := sorted(set(needs) - set(self._told)):
-            raise ValueError(f"{self.settings.schedule} needs the {missing[0]}: call tell({missing[0]}=...) first.")
+            raise ValueError(f"What was chosen needs the {missing[0]}: call tell({missing[0]}=...) first.")
 
     def finish(self) -> None:
         """Wait for the slowest rank, and average once more: all ranks end with the same values."""
@@ -120,9 +127,9 @@ class ModelAverager(Recorded):
         communicator = self._communicator or devices.get()
         memory: Any = self._variables
         if not hasattr(memory, "blocks"):
-            if not (averaged := list(memory)):
+            if not (averaged := [*memory, *self._statistics]):
                 raise ValueError("The list of variables is empty: there is nothing to average.")
-            memory = assemble.memory(communicator, averaged)
+            memory = assemble.memory(communicator, averaged, self.settings, self._statistics)
             memory.prepare(averaged if self._broadcast else (), lambda: None)
         return assemble.engine(
             self.settings, communicator, memory, self._timings, finish_at_exit=True, reducer=self._reducer

@@ -17,13 +17,14 @@ class NumpyMemory:
 
     Args:
         arrays: what is averaged: contiguous, writable, of a floating dtype; float16 travels as float32.
+        plain: those of them that are statistics, and no weights.
 
     Raises:
         ValueError: an array is not contiguous or cannot be written to.
         TypeError: an array is not of a floating dtype.
     """
 
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+    def __init__(self, arrays: Sequence[np.ndarray], plain: Sequence[np.ndarray] = ()) -> None:
         for number, array in enumerate(arrays):
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise ValueError(
@@ -36,7 +37,10 @@ class NumpyMemory:
         self._arrays = list(arrays)
         self.prepare((), lambda: None)
         wires = [np.dtype(np.float64 if array.dtype == np.float64 else np.float32) for array in arrays]
-        self.blocks = [Block(a.size, wire, a.dtype == wire) for a, wire in zip(arrays, wires, strict=True)]
+        apart = set(map(id, plain))
+        self.blocks = [
+            Block(a.size, wire, a.dtype == wire, id(a) in apart) for a, wire in zip(arrays, wires, strict=True)
+        ]
 
     def prepare(self, start: Sequence[np.ndarray], reset_state: Callable[[], None]) -> None:
         """As ``TensorFlowMemory.prepare``."""

@@ -140,11 +140,10 @@ class LocalSGD:
             self._coordination.refuse(decision)
             return Outcome(drift=math.nan)
         weight = float(decision.weights[self._coordination.place])
-        outcome = self._pipeline.send(weight, int((decision.weights > 0).sum()))
+        outcome = self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now)
         if not math.isfinite(outcome.drift):
             self._coordination.refuse_average(decision, self._pipeline.unfinite)
-        if self._settings.optimizer_state == "reset":
-            self._memory.reset_state()
+        self._memory.reset_state()
         self._timings.lap("outer")
         self.progress.measure_sync(
             sum(self._timings.parts[part] for part in ("pack", "communicate", "unpack", "outer"))

@@ -20,11 +20,13 @@ class Block:
         size: elements.
         wire: the dtype that travels, float32 or float64.
         whole: the array is of that dtype, so that its memory can be the reduction's buffer.
+        plain: of statistics, which are averaged and no more, whatever becomes of the weights' average.
     """
 
     size: int
     wire: np.dtype
     whole: bool
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)

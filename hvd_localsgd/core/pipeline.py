@@ -13,6 +13,7 @@ import numpy as np
 from hvd_localsgd.core import huge_pages, layout
 from hvd_localsgd.core.layout import Array, Block
 from hvd_localsgd.core.reducers import Reducer
+from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Drift, Finite, Stage
 from hvd_localsgd.core.timing import Timings
 
@@ -37,7 +38,7 @@ class Memory(Protocol):
         """No NaN or infinity, as far as a look at one variable can tell: one in the loss is in every gradient."""
 
     def reset_state(self) -> None:
-        """Momentum and moments: what the optimizer starts with."""
+        """After a sync: momentum and moments become what the optimizer starts with, if that is what was chosen."""
 
     def open(self) -> AbstractContextManager[list[Array]]:
         """An array for each block, to read and to write; what is written counts when the ``with`` block ends.
@@ -68,18 +69,24 @@ class Pipeline:
         memory: of what.
         choose: the reducer for so many bytes, None for a rank that is alone; called when training begins, on all ranks
             together, since it may measure.
+        outer: what becomes of the average.
         stages: what happens to the values on their way, outermost first.
         timings: where the seconds go.
     """
 
     def __init__(
-        self, memory: Memory, choose: Callable[[int], Reducer | None], stages: Sequence[Stage], timings: Timings
+        self,
+        memory: Memory,
+        choose: Callable[[int], Reducer | None],
+        outer: Sequence[Stage],
+        stages: Sequence[Stage],
+        timings: Timings,
     ) -> None:
         self.memory, self.timings = memory, timings
         self.reducer: Reducer | None = None
         self._choose = choose
         self._finite, self._drift = Finite(), Drift()
-        self._stages: tuple[Stage, ...] = (self._finite, self._drift, *stages)
+        self._stages: tuple[Stage, ...] = (self._finite, *outer, self._drift, *stages)
 
     def start(self) -> None:
         """All ranks hold the same values and are about to train (collective)."""
@@ -99,16 +106,19 @@ class Pipeline:
                 stage.start(blocks, arrays)
             self.reducer.start(self._plan, arrays)
 
-    def send(self, weight: float, ranks: int) -> Outcome:
+    def send(self, weight: float, ranks: int, now: Now) -> Outcome:
         """x_k <- sum_j w_j x_j, all ranks together (or, if the reducer is one-sided, this one by itself).
 
         Args:
             weight: this rank's, w_k.
             ranks: how many have a weight.
+            now: what all ranks know.
         """
         reducer, lap = self.reducer, self.timings.lap
         if reducer is None:
             return Outcome()
+        for stage in self._stages:
+            stage.prepare(now)
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):  # looked at below
             for chunk in self._plan:
                 values = chunk.load(arrays, self._scratch)
@@ -122,8 +132,12 @@ class Pipeline:
                 lap("communicate")
                 for stage in reversed(self._stages):
                     values = stage.receive(chunk, values)
+                    lap(stage.part)
                 chunk.save(arrays, values)
                 lap("unpack")
+            for stage in reversed(self._stages):
+                stage.close(arrays)
+                lap(stage.part)
         lap("unpack")
         squared = self._drift.squared() / ranks if weight else 0.0
         total = reducer.total(math.nan if self._finite.found else squared)
@@ -140,6 +154,6 @@ class Pipeline:
         if self.reducer is None:
             return
         if self.reducer.one_sided:
-            self.send(0.0, 1)  # adds nothing, and reads what others have added since
+            self.send(0.0, 1, Now(0))  # adds nothing, and reads what others have added since
         self.reducer.free()
         self.timings.lap("communicate")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
-from hvd_localsgd.core.schedules import Schedule, as_schedule
+from hvd_localsgd.core.outer import Mean, as_outer
+from hvd_localsgd.core.schedules import Constant, Schedule, as_schedule
 
 
 def option(default: Any, allowed: tuple[Any, ...] | Callable[[Any], Any], text: str) -> Any:
@@ -64,6 +66,13 @@ class Settings:
         "give each rank its own ``steps_per_epoch``.",
     )
 
+    outer: Any = option(
+        "mean",
+        as_outer,
+        'what becomes of the average: ``"mean"``, itself; ``"slowmo"`` or ``SlowMo(alpha, beta)``; ``"diloco"`` or '
+        "``Nesterov(learning_rate, momentum)``; or any Keras optimizer, whose gradient is the change since the last sync.",
+    )
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value, allowed = getattr(self, each.name), each.metadata["allowed"]
@@ -80,6 +89,11 @@ class Settings:
         """``sync_every``, which an integer is no more."""
         assert isinstance(self.sync_every, Schedule)
         return self.sync_every
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Of rate, loss and what remains, those that somebody looks at."""
+        return self.schedule.needs | getattr(self.outer, "needs", frozenset())
 
     def get_config(self) -> dict[str, Any]:
         """Name and value of each option."""
@@ -105,8 +119,18 @@ def _exact_is_equal(chosen: Settings) -> str | None:
     return None
 
 
+def _async_has_no_outer_step(chosen: Settings) -> str | None:
+    if chosen.mode == "async" and not isinstance(chosen.outer, Mean):
+        return f"mode='async' adds to an average that nobody owns: there is no moment for outer={chosen.outer!r}."
+    return None
+
+
 # Combinations that cannot work: each says why, or nothing.
-REFUSALS: tuple[Callable[[Settings], str | None], ...] = (_async_is_alone, _exact_is_equal)
+REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
+    _async_is_alone,
+    _async_has_no_outer_step,
+    _exact_is_equal,
+)
 
 
 def choose(sync_every: Any, options: dict[str, Any]) -> Settings:
@@ -119,18 +143,25 @@ def choose(sync_every: Any, options: dict[str, Any]) -> Settings:
     names = [each.name for each in fields(Settings)]
     if unknown := [name for name in options if name not in names]:
         raise TypeError(f"There is no option {unknown[0]!r}. Options are: {', '.join(names)}.")
-    return Settings(sync_every=sync_every, **options)
+    chosen = Settings(sync_every=sync_every, **options)
+    if not isinstance(chosen.outer, Mean) and not isinstance(chosen.schedule, Constant):
+        warnings.warn(
+            f"With {chosen.schedule} rounds have different lengths, and outer={chosen.outer!r} takes their changes as equal: with "
+            "growing rounds it is published to be worse than plain averaging. Prefer a constant sync_every.",
+            stacklevel=3,
+        )
+    return chosen
 
 
-def check_needs(schedule: Schedule, known: Collection[str], front_end: str) -> None:
-    """Raise unless the front end knows what the schedule looks at.
+def check_needs(chosen: Settings, known: Collection[str], front_end: str) -> None:
+    """Raise unless the front end knows what the schedule and the outer step look at.
 
     Raises:
         ValueError: it does not.
     """
-    if unknown := schedule.needs - set(known):
+    if unknown := chosen.needs - set(known):
         raise ValueError(
-            f"{schedule} needs the {' and the '.join(sorted(unknown))}, which {front_end} does not see. LocalSGDCallback does, and "
+            f"{chosen.schedule} needs the {' and the '.join(sorted(unknown))}, which {front_end} does not see. LocalSGDCallback does, and "
             "ModelAverager is told by tell()."
         )
 
@@ -159,4 +190,7 @@ def shown(front_end: _Class) -> _Class:
 
 
 def _words(value: Any) -> str:
-    return f"{type(value).__name__} {value.get_config()}" if hasattr(value, "get_config") else repr(value)
+    if not hasattr(value, "get_config"):
+        return repr(value)
+    config = {key: item for key, item in value.get_config().items() if key != "name"}  # Keras numbers its objects
+    return f"{type(value).__name__} {config}"

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from hvd_localsgd.core.layout import Array, Block, Chunk
+from hvd_localsgd.core.schedules import Now
 
 DRIFT_SAMPLE = 1 << 18  # elements; the drift of larger models is estimated from the beginning of every chunk
 
 
-class Stage(Protocol):
-    """May change values in place, and returns what goes on. What it keeps, it keeps by block: chunk sizes are measured."""
+class Stage:
+    """May change values in place, and returns what goes on. What it keeps, it keeps by block: chunk sizes are measured.
+
+    Attributes:
+        part: of a round's time, what its way back is counted as.
+    """
+
+    part = "unpack"
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """Training begins with these values."""
 
+    def prepare(self, now: Now) -> None:
+        """A sync begins."""
+
     def send(self, chunk: Chunk, values: Array) -> Array:
         """On the way out, before values are weighted."""
+        return values
 
     def receive(self, chunk: Chunk, values: Array) -> Array:
         """On the way back."""
+        return values
+
+    def close(self, arrays: Sequence[Array]) -> None:
+        """All chunks have come back, and are in the arrays."""
 
 
-class Progress:
+class Progress(Stage):
     """Algorithm 2 of Stich (2018): out goes x_k - x_read; what comes back is x_bar, from now on x_read."""
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
@@ -45,7 +59,7 @@ class Progress:
         return values
 
 
-class Finite:
+class Finite(Stage):
     """Is everything finite that goes out? Outermost: it brings the values into the cache, where the next can use them.
 
     Attributes:
@@ -66,10 +80,6 @@ class Finite:
             self._look_closely(chunk, np.asarray(values))  # finite values may have overflowed
         return values
 
-    def receive(self, chunk: Chunk, values: Array) -> Array:
-        """The others have looked at theirs."""
-        return values
-
     def _look_closely(self, chunk: Chunk, values: np.ndarray) -> None:
         for index, start, stop, offset in chunk.pieces:
             unfinite = ~np.isfinite(values[offset : offset + stop - start])
@@ -78,7 +88,7 @@ class Finite:
                 return
 
 
-class Drift:
+class Drift(Stage):
     """How far this rank is from the average. It sees what was, and what is: only ``Finite`` is farther out."""
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:

@@ -105,22 +105,28 @@ class LocalSGDCallback(Recorded, Callback):
         state = keras_state.State(*optimizers)
         averaged = self._averaged()
         averaged += state.variables if self.settings.optimizer_state == "average" else []
+        weights = set(map(id, model.trainable_variables))
         # What an engine has compiled is kept from fit to fit.
         if self._memory is None or not self._memory.holds(averaged):
             communicator = devices.get()
-            self._memory = assemble.memory(communicator, averaged)
+            self._memory = assemble.memory(
+                communicator, averaged, self.settings, [v for v in averaged if id(v) not in weights]
+            )
             self._engine = assemble.engine(
                 self.settings, communicator, self._memory, self._timings, finish_at_exit=False
             )
         seeds = {id(v) for v in model.variables if "seed_generator_state" in v.path}
         start = {id(v): v for v in (*model.variables, *(v for each in optimizers for v in each.variables))}
-        self._memory.prepare([v for v in start.values() if id(v) not in seeds], state.reset)
+        reset = keras_state.State(*(each for each in optimizers if keras_state.resets(self.settings, each))).reset
+        self._memory.prepare([v for v in start.values() if id(v) not in seeds], reset)
         facts = {"front end": type(self).__name__, "first epoch": str(epoch)}
         context = Context(facts, [*keras_state.describe_layers(model), *map(keras_state.describe, optimizers)])
         self._tell()
         self._engine.begin(self._steps_before(), context)
         keras_state.finalize(model)
         self._warn_about_steps_per_execution()
+        if devices.rank() == 0:
+            keras_state.say_what_is_reset(self.settings, optimizers)
 
     def _averaged(self) -> list[Any]:
         averages = [v for each in keras_state.optimizers(self.model) for v in keras_state.moving_averages(each)]
@@ -169,7 +175,7 @@ class LocalSGDCallback(Recorded, Callback):
         """One local step, or ``steps_per_execution`` of them; a sync if the round is over."""
         engine = self._engine
         self._timings.lap("compute")
-        if "loss" in self.settings.schedule.needs:
+        if "loss" in self.settings.needs:
             self._loss = float((logs or {}).get("loss", math.nan))
         done = self._batches_done()
         due = engine.step(done - self._batches, self._step_samples(done - self._batches))
@@ -243,7 +249,7 @@ class LocalSGDCallback(Recorded, Callback):
 
     def _tell(self) -> None:
         """What the schedule needs to know, and nothing else: to ask takes time."""
-        needs, planned = self.settings.schedule.needs, self.params.get("steps")
+        needs, planned = self.settings.needs, self.params.get("steps")
         if "rate" in needs:
             (optimizer, *_) = keras_state.optimizers(self.model)
             self._engine.tell(rate=float(keras.ops.convert_to_numpy(optimizer.learning_rate)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_localsgd.backends.tensorflow.variables import components, floats
+from hvd_localsgd.core.outer import SlowMo
+from hvd_localsgd.core.settings import Settings
 
 
 def of_model(model: keras.Model) -> list[keras.Variable]:
@@ -46,6 +50,23 @@ class State:
         for variable in self.variables:
             for part in components(variable):
                 part.assign(tf.fill(part.shape, tf.cast(self._initial.get(id(variable), 0.0), part.dtype)))
+
+
+def resets(settings: Settings, optimizer: Any) -> bool:
+    """Whether the state of this optimizer is set to what it starts with at every sync: chosen, or part of SlowMo."""
+    inner = innermost(optimizer)
+    zeroed = isinstance(settings.outer, SlowMo) and isinstance(inner, keras.optimizers.SGD) and inner.momentum > 0
+    return settings.optimizer_state == "reset" or (zeroed and settings.optimizer_state == "keep")
+
+
+def say_what_is_reset(settings: Settings, optimizers: Sequence[Any]) -> None:
+    """Where nobody has asked for it."""
+    if settings.optimizer_state == "keep" and any(resets(settings, each) for each in optimizers):
+        warnings.warn(
+            f"outer={settings.outer!r} sets the momentum of SGD to zero at every sync, as published (Adam's moments it keeps). To average "
+            'it instead: optimizer_state="average".',
+            stacklevel=2,
+        )
 
 
 def optimizers(model: keras.Model) -> list[Any]:

@@ -88,7 +88,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         if isinstance(inner_optimizer, LocalSGDOptimizer):
             raise ValueError("inner_optimizer is a LocalSGDOptimizer already: weights need averaging once.")
         self.settings = settings.choose(sync_every, options)
-        settings.check_needs(self.settings.schedule, {"rate"}, type(self).__name__)
+        settings.check_needs(self.settings, {"rate"}, type(self).__name__)
         self.inner_optimizer = inner_optimizer
         self._statistics = tuple(statistics)
         self._timings = Timings(timings)
@@ -175,7 +175,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         self._set_next_sync()
 
     def _tell(self) -> None:
-        if self.settings.schedule.needs:
+        if self.settings.needs:
             self._engine.tell(rate=float(np.asarray(self.learning_rate)))
 
     def _take_steps(self) -> None:
@@ -192,7 +192,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
 
     def _touched(self) -> list[Any]:
         """Every variable that a sync reads or writes."""
-        state = self._state.variables if self.settings.optimizer_state == "reset" else []
+        state = self._state.variables if self._resets else []
         return [*self._memory.variables, *state, *self._counters()]
 
     def _notice_loss_scaling(self) -> None:
@@ -258,6 +258,8 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
                 part.assign(self._engine.progress.total * self._steps_per_update)
         self._counted = self._samples_so_far()
         self._set_next_sync()
+        if devices.rank() == 0:
+            keras_state.say_what_is_reset(self.settings, [self.inner_optimizer])
         return moved
 
     def _start(self) -> list[Any]:
@@ -266,14 +268,13 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
 
     def _make_engine(self) -> None:
         """Unless there is one for these variables."""
-        averaged = floats(
-            [*self._trainable_variables, *self._statistics, *keras_state.moving_averages(self.inner_optimizer)]
-        )
         self._state = keras_state.State(self.inner_optimizer)
-        averaged += self._state.variables if self.settings.optimizer_state == "average" else []
+        plain = floats([*self._statistics, *keras_state.moving_averages(self.inner_optimizer)])
+        plain += self._state.variables if self.settings.optimizer_state == "average" else []
+        averaged = [*floats(self._trainable_variables), *plain]
         if not hasattr(self, "_memory") or not self._memory.holds(averaged):
             communicator = devices.get()
-            self._memory = assemble.memory(communicator, averaged)
+            self._memory = assemble.memory(communicator, averaged, self.settings, plain)
             # Who leaves a fit has left it in the middle; a loop of the user's may end without a word, and fit finalizes only
             # the optimizer that the model was compiled with.
             model = frames.caller_argument("fit", "self")
@@ -283,7 +284,14 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
                 self.settings, communicator, self._memory, self._timings, finish_at_exit=not compiled
             )
             self._engine.count_pending = self._take_steps
-        self._memory.prepare(self._start(), self._state.reset, self._statistics)
+        self._memory.prepare(self._start(), self._reset(), self._statistics)
+
+    @property
+    def _resets(self) -> bool:
+        return keras_state.resets(self.settings, self.inner_optimizer)
+
+    def _reset(self) -> Callable[[], None]:
+        return self._state.reset if self._resets else lambda: None
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """The end of training: wait for the slowest rank, average once more, print the table on rank 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
@@ -50,18 +51,32 @@ class TensorFlowMemory:
 
     Args:
         averaged: what is averaged, of floating dtype.
+        plain: those of them that are statistics, and no weights: they get blocks of their own.
         tensors: all as one flat tensor per dtype, as if none could be reached in place.
         on_device: such tensors are not brought to the host: the communicator takes them.
     """
 
-    def __init__(self, averaged: Sequence[Any], *, tensors: bool = False, on_device: bool = False) -> None:
+    def __init__(
+        self,
+        averaged: Sequence[Any],
+        plain: Sequence[Any] = (),
+        *,
+        tensors: bool = False,
+        on_device: bool = False,
+    ) -> None:
         self.variables = list(averaged)
         self.prepare((), lambda: None)
         self._on_device = on_device
         parts = [Part(variable) for variable in averaged]
         self._probe = min((part for part in parts if part.size), key=lambda part: part.size, default=None)
-        self._ways = _ways(parts, tensors or on_device, on_device)
-        self.blocks = [block for way in self._ways for block in way.blocks]
+        apart = set(map(id, plain))
+        groups = [
+            [p for p, v in zip(parts, averaged, strict=True) if (id(v) in apart) == each] for each in (False, True)
+        ]
+        weights, statistics = (_ways(group, tensors or on_device, on_device) for group in groups)
+        self._ways = [*weights, *statistics]
+        self.blocks = [block for way in weights for block in way.blocks]
+        self.blocks += [replace(block, plain=True) for way in statistics for block in way.blocks]
         self._lent: Sequence[tf.Tensor] | None = None
         self._write_compiled = tf.function(lambda tensors: self._write(tensors, packed=True), autograph=False)
 
