@@ -157,3 +157,14 @@ def test_the_emulated_cluster_refuses_nonsense(arguments, words):
     result = launched.start(["benchmarks/cluster/run", *arguments, *command], 30)
     assert result.status == 2
     assert words in result.output
+
+
+def test_methods(tmp_path):
+    few = ("--epochs", 2, "--repeats", 1, "--learning-rates", 0.3)
+    rows = run(tmp_path, "methods.py", "--methods", "H = 4", "H = 32, SlowMo", *few)
+    assert [row["way"] for row in rows] == ["H = 4", "H = 32, SlowMo"]
+    steps = 2 * -(-750 // 16)
+    assert [row["steps"] for row in rows] == [steps, steps]
+    assert [row["syncs"] for row in rows] == [2 * -(-47 // 4), 2 * -(-47 // 32)]
+    assert all(row["megabytes"] == pytest.approx(row["syncs"] * 4 * (65 + 129) * 128 / 1e6, rel=0.1) for row in rows)
+    assert all(0.5 < row["accuracy"] <= 1 for row in rows)
