@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         SyncSteps,
         Warmup,
     )
+    from hvd_localsgd.frontends.statistics import refresh_statistics
 
 _HOME = {
     "AdaComm": "frontends.schedules",
@@ -72,6 +73,7 @@ _HOME = {
     "local_size": "devices",
     "nonconvex_interval": "core.theory",
     "rank": "devices",
+    "refresh_statistics": "frontends.statistics",
     "shard": "frontends.data",
     "size": "devices",
     "speed_up": "core.theory",
@@ -110,6 +112,7 @@ __all__ = [
     "local_size",
     "nonconvex_interval",
     "rank",
+    "refresh_statistics",
     "shard",
     "size",
     "speed_up",

@@ -32,6 +32,7 @@ def memory(communicator: Communicator, averaged: Sequence[Any], settings: Settin
     """
     outer = not isinstance(settings.outer, Mean)
     plain = plain if outer else ()  # else all are alike, and go together
+    host = outer or settings.variance == "pooled"
     arrays = [isinstance(each, np.ndarray) for each in averaged]
     if arrays and all(arrays):
         from hvd_localsgd.backends.numpy import NumpyMemory
@@ -41,7 +42,7 @@ def memory(communicator: Communicator, averaged: Sequence[Any], settings: Settin
         raise TypeError("Give numpy arrays, or variables of TensorFlow or Keras, but not both.")
     from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 
-    return TensorFlowMemory(averaged, plain, on_device=communicator.takes_tensors and not outer)
+    return TensorFlowMemory(averaged, plain, on_device=communicator.takes_tensors and not host)
 
 
 def engine(
@@ -51,6 +52,7 @@ def engine(
     timings: Timings,
     *,
     finish_at_exit: bool,
+    pairs: Sequence[tuple[Any, Any]] = (),
     reducer: Callable[[Communicator], Reducer] | None = None,
 ) -> LocalSGD:
     """The engine that does what the settings say.
@@ -62,9 +64,12 @@ def engine(
         timings: where the rounds are kept.
         finish_at_exit: a process that ends in good order without ``finish`` waits for the others; if False, it
             has left them in the middle of something, and the job ends with an error.
+        pairs: variables that hold means, and those that hold the variances around them.
         reducer: makes the reducer; None: the fastest is measured.
     """
     outer = _outer_steps(settings)
+    if settings.variance == "pooled" and pairs:
+        outer.append(stages.PooledVariance([(memory.place(mean), memory.place(variance)) for mean, variance in pairs]))
     alone = settings.mode == "async" and communicator.size > 1
 
     def choose(payload: int) -> Reducer | None:

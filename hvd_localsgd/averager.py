@@ -16,6 +16,7 @@ from hvd_localsgd.core.outer import Mean
 from hvd_localsgd.core.pipeline import Memory
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Schedule
+from hvd_localsgd.core.selection import means_and_variances, path_of, select
 from hvd_localsgd.core.timing import Recorded, Timings
 
 
@@ -126,11 +127,24 @@ class ModelAverager(Recorded):
     def _make_engine(self) -> LocalSGD:
         communicator = self._communicator or devices.get()
         memory: Any = self._variables
+        pairs: list[tuple[Any, Any]] = []
         if not hasattr(memory, "blocks"):
             if not (averaged := [*memory, *self._statistics]):
                 raise ValueError("The list of variables is empty: there is nothing to average.")
+            everything, averaged = averaged, select(averaged, path_of, self.settings.include, self.settings.exclude)
+            pairs = means_and_variances(averaged)
             memory = assemble.memory(communicator, averaged, self.settings, self._statistics)
-            memory.prepare(averaged if self._broadcast else (), lambda: None)
+            memory.prepare(everything if self._broadcast else (), lambda: None)
+        elif self.settings.include or self.settings.exclude or self._statistics:
+            raise ValueError(
+                "A Memory says itself what it has: include, exclude and statistics are for lists of variables."
+            )
         return assemble.engine(
-            self.settings, communicator, memory, self._timings, finish_at_exit=True, reducer=self._reducer
+            self.settings,
+            communicator,
+            memory,
+            self._timings,
+            finish_at_exit=True,
+            pairs=pairs,
+            reducer=self._reducer,
         )

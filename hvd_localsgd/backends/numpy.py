@@ -46,13 +46,18 @@ class NumpyMemory:
         """As ``TensorFlowMemory.prepare``."""
         self._start, self._reset_state = list(start), reset_state
 
-    def reset_state(self) -> None:
+    def settle(self) -> None:
         """As it was prepared."""
         self._reset_state()
 
     def description(self) -> list[list[Any]]:
         """Arrays have no names."""
         return [["", list(array.shape), array.dtype.name] for array in [*self._arrays, *self._start]]
+
+    def place(self, variable: np.ndarray) -> tuple[int, int, int]:
+        """A block is an array."""
+        (number,) = (number for number, array in enumerate(self._arrays) if array is variable)
+        return number, 0, variable.size
 
     def name(self, block: int, element: int) -> str:
         """Arrays have none: its number."""

@@ -143,7 +143,7 @@ class LocalSGD:
         outcome = self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now)
         if not math.isfinite(outcome.drift):
             self._coordination.refuse_average(decision, self._pipeline.unfinite)
-        self._memory.reset_state()
+        self._memory.settle()
         self._timings.lap("outer")
         self.progress.measure_sync(
             sum(self._timings.parts[part] for part in ("pack", "communicate", "unpack", "outer"))

@@ -166,7 +166,7 @@ class OuterStep(Stage):
         if self._momentum is None:
             self._momentum = [np.zeros_like(old) for old in self._old]
 
-    def prepare(self, now: Now) -> None:
+    def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
         """The rate at this sync."""
         self._rate = now.rate
 

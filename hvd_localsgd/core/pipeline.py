@@ -25,6 +25,9 @@ class Memory(Protocol):
     def blocks(self) -> Sequence[Block]:
         """What is averaged as one array each."""
 
+    def place(self, variable: Any) -> tuple[int, int, int]:
+        """Where it lies: block, start, stop."""
+
     def name(self, block: int, element: int) -> str:
         """Of the variable that this element of a block belongs to."""
 
@@ -37,8 +40,8 @@ class Memory(Protocol):
     def is_finite(self) -> bool:
         """No NaN or infinity, as far as a look at one variable can tell: one in the loss is in every gradient."""
 
-    def reset_state(self) -> None:
-        """After a sync: momentum and moments become what the optimizer starts with, if that is what was chosen."""
+    def settle(self) -> None:
+        """After a sync, what has to be put right: an optimizer's state that is reset, weights that obey a constraint."""
 
     def open(self) -> AbstractContextManager[list[Array]]:
         """An array for each block, to read and to write; what is written counts when the ``with`` block ends.
@@ -117,9 +120,9 @@ class Pipeline:
         reducer, lap = self.reducer, self.timings.lap
         if reducer is None:
             return Outcome()
-        for stage in self._stages:
-            stage.prepare(now)
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):  # looked at below
+            for stage in self._stages:
+                stage.prepare(now, arrays)
             for chunk in self._plan:
                 values = chunk.load(arrays, self._scratch)
                 for stage in self._stages:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 import operator
@@ -13,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
+
+from hvd_localsgd.core.selection import function_words
 
 NEVER = sys.maxsize  # a step that no training comes to
 
@@ -485,9 +486,7 @@ class Function(Schedule):
 
     def get_config(self) -> dict[str, Any]:
         """Its name, and a hash of its code, which all ranks compare."""
-        code = getattr(self.function, "__code__", None)
-        digest = hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()[:12] if code else ""
-        return {"function": f"{getattr(self.function, '__qualname__', self.function)} {digest}"}
+        return {"function": function_words(self.function)}
 
 
 SCHEDULES: tuple[type[Schedule], ...] = (

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from hvd_localsgd.core.outer import Mean, as_outer
 from hvd_localsgd.core.schedules import Constant, Schedule, as_schedule
+from hvd_localsgd.core.selection import as_names
 
 
 def option(default: Any, allowed: tuple[Any, ...] | Callable[[Any], Any], text: str) -> Any:
@@ -73,6 +74,20 @@ class Settings:
         "``Nesterov(learning_rate, momentum)``; or any Keras optimizer, whose gradient is the change since the last sync.",
     )
 
+    include: Any = option(
+        None,
+        as_names,
+        "which variables are averaged: a pattern of names or layers, several, or a function of a variable; None: all that "
+        "training changes, weights and statistics. All start alike in any case.",
+    )
+    exclude: Any = option(None, as_names, "which of these are not averaged, in the same words.")
+    variance: Literal["mean", "pooled"] = option(
+        "mean",
+        ("mean", "pooled"),
+        'BatchNorm\'s variances are averaged as all else, or ``"pooled"``: mean of the variances + variance of the means, that '
+        "of all ranks' data together. Nothing more is sent.",
+    )
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value, allowed = getattr(self, each.name), each.metadata["allowed"]
@@ -113,6 +128,12 @@ def _async_is_alone(chosen: Settings) -> str | None:
     return None
 
 
+def _async_has_no_pool(chosen: Settings) -> str | None:
+    if chosen.mode == "async" and chosen.variance == "pooled":
+        return "mode='async' adds changes, one rank at a time: variances cannot be pooled."
+    return None
+
+
 def _exact_is_equal(chosen: Settings) -> str | None:
     if chosen.interval == "balanced" and chosen.schedule.exact:
         return f"interval='balanced' gives each rank its own steps, {chosen.schedule} the same to all."
@@ -129,6 +150,7 @@ def _async_has_no_outer_step(chosen: Settings) -> str | None:
 REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
     _async_is_alone,
     _async_has_no_outer_step,
+    _async_has_no_pool,
     _exact_is_equal,
 )
 

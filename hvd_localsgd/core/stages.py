@@ -25,7 +25,7 @@ class Stage:
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """Training begins with these values."""
 
-    def prepare(self, now: Now) -> None:
+    def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
         """A sync begins."""
 
     def send(self, chunk: Chunk, values: Array) -> Array:
@@ -57,6 +57,40 @@ class Progress(Stage):
         """The average as it is now."""
         chunk.save(self._read, values)
         return values
+
+
+Place = tuple[int, int, int]  # block, start, stop
+
+
+class PooledVariance(Stage):
+    """v + (m - m_0)^2 goes out in place of v, and (m - m_0)^2 of the average is taken off what comes back.
+
+    That is mean(v) + mean(m^2) - mean(m)^2, the variance of all ranks' data together. m_0 is the mean after the last sync: without
+    it the squares of large means would swallow small variances.
+
+    Args:
+        pairs: where in the memory the means lie, and the variances that belong to them.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Place, Place]]) -> None:
+        self._pairs = pairs
+
+    def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
+        """m_0 is the common start."""
+        self._means = [np.array(arrays[block][start:stop]) for (block, start, stop), _ in self._pairs]
+
+    def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
+        """Out goes the second moment."""
+        self._add(arrays, 1)
+
+    def close(self, arrays: Sequence[Array]) -> None:
+        """What came back becomes a variance."""
+        self._add(arrays, -1)
+        self.start((), arrays)
+
+    def _add(self, arrays: Sequence[Array], sign: int) -> None:
+        for ((block, start, stop), (other, first, last)), mean in zip(self._pairs, self._means, strict=True):
+            arrays[other][first:last] += sign * (arrays[block][start:stop] - mean) ** 2
 
 
 class Finite(Stage):

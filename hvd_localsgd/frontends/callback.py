@@ -21,6 +21,7 @@ from hvd_localsgd.core import settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.schedules import Schedule
+from hvd_localsgd.core.selection import means_and_variances
 from hvd_localsgd.core.timing import PARTS, Recorded, Timings
 from hvd_localsgd.frontends import frames, keras_state
 from hvd_localsgd.frontends.input_probe import InputProbe
@@ -113,7 +114,12 @@ class LocalSGDCallback(Recorded, Callback):
                 communicator, averaged, self.settings, [v for v in averaged if id(v) not in weights]
             )
             self._engine = assemble.engine(
-                self.settings, communicator, self._memory, self._timings, finish_at_exit=False
+                self.settings,
+                communicator,
+                self._memory,
+                self._timings,
+                finish_at_exit=False,
+                pairs=means_and_variances(averaged),
             )
         seeds = {id(v) for v in model.variables if "seed_generator_state" in v.path}
         start = {id(v): v for v in (*model.variables, *(v for each in optimizers for v in each.variables))}
@@ -130,7 +136,7 @@ class LocalSGDCallback(Recorded, Callback):
 
     def _averaged(self) -> list[Any]:
         averages = [v for each in keras_state.optimizers(self.model) for v in keras_state.moving_averages(each)]
-        return [*keras_state.of_model(self.model), *averages]
+        return [*keras_state.selected(self.settings, keras_state.of_model(self.model)), *averages]
 
     def _steps_before(self) -> int | None:
         """Steps in an earlier life, which the optimizer of a model from a file knows; None: the engine has counted."""

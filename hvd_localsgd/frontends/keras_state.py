@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from hvd_localsgd.backends.tensorflow.variables import components, floats
 from hvd_localsgd.core.outer import SlowMo
+from hvd_localsgd.core.selection import path_of, select
 from hvd_localsgd.core.settings import Settings
 
 
@@ -25,6 +26,11 @@ def of_model(model: keras.Model) -> list[keras.Variable]:
     frozen = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables if not v.trainable}
     statistics = [v for v in model.non_trainable_variables if id(v) not in frozen]
     return floats([*model.trainable_variables, *statistics])
+
+
+def selected(settings: Settings, variables: Sequence[Any]) -> list[Any]:
+    """Those that the user wants averaged."""
+    return select(variables, path_of, settings.include, settings.exclude)
 
 
 class State:

@@ -21,6 +21,7 @@ from hvd_localsgd.backends.tensorflow.variables import components, floats
 from hvd_localsgd.core import settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.selection import means_and_variances
 from hvd_localsgd.core.timing import Recorded, Timings
 from hvd_localsgd.frontends import frames, keras_state
 from hvd_localsgd.frontends.schedules import Schedule
@@ -269,9 +270,12 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
     def _make_engine(self) -> None:
         """Unless there is one for these variables."""
         self._state = keras_state.State(self.inner_optimizer)
-        plain = floats([*self._statistics, *keras_state.moving_averages(self.inner_optimizer)])
-        plain += self._state.variables if self.settings.optimizer_state == "average" else []
-        averaged = [*floats(self._trainable_variables), *plain]
+        chosen = floats([*self._trainable_variables, *self._statistics])
+        averaged = keras_state.selected(self.settings, chosen)
+        averaged += floats(keras_state.moving_averages(self.inner_optimizer))
+        averaged += self._state.variables if self.settings.optimizer_state == "average" else []
+        weights = set(map(id, self._trainable_variables))
+        plain = [v for v in averaged if id(v) not in weights]
         if not hasattr(self, "_memory") or not self._memory.holds(averaged):
             communicator = devices.get()
             self._memory = assemble.memory(communicator, averaged, self.settings, plain)
@@ -281,7 +285,12 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             compiled = model is not None and self in keras_state.wrapped(model.optimizer)
             self._model = weakref.ref(model) if compiled else lambda: None
             self._engine = assemble.engine(
-                self.settings, communicator, self._memory, self._timings, finish_at_exit=not compiled
+                self.settings,
+                communicator,
+                self._memory,
+                self._timings,
+                finish_at_exit=not compiled,
+                pairs=means_and_variances(averaged),
             )
             self._engine.count_pending = self._take_steps
         self._memory.prepare(self._start(), self._reset(), self._statistics)

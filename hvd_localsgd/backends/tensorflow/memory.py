@@ -99,9 +99,30 @@ class TensorFlowMemory:
         """Whether it was made for these variables."""
         return list(map(id, averaged)) == list(map(id, self.variables))
 
-    def reset_state(self) -> None:
-        """As it was prepared."""
+    def settle(self) -> None:
+        """State as it was prepared; constraints, which a mean of weights that obey them need not obey."""
         self._reset_state()
+        if not self._lent:  # else what is assigned here is written over by the graph, which does it itself
+            self._constrain()
+
+    def _constrain(self) -> None:
+        for variable in self.variables:
+            if getattr(variable, "constraint", None) is not None:
+                variable.assign(variable.constraint(variable))
+
+    def place(self, variable: Any) -> tuple[int, int, int]:
+        """Block, start, stop; nothing, of no block, if it is empty."""
+        block = 0
+        for way in self._ways:
+            start = 0
+            for number, part in enumerate(way.parts):
+                own = len(way.blocks) == len(way.parts) and len(way.parts) > 1
+                if part.variable is variable:
+                    begin = 0 if own else start
+                    return block + (number if own else 0), begin, begin + part.size
+                start += part.size
+            block += len(way.blocks)
+        return 0, 0, 0
 
     def name(self, block: int, element: int) -> str:
         """As Keras shows it."""
@@ -223,6 +244,7 @@ class TensorFlowMemory:
         """For a graph, after the average."""
         if changed:
             self._write(changed, packed=False)
+        self._constrain()
 
     @property
     def changed_dtypes(self) -> list[tf.DType]:

@@ -43,7 +43,7 @@ class Part:
     """A TensorFlow variable that is averaged, with what is asked about it at every sync kept at hand."""
 
     def __init__(self, variable: Any) -> None:
-        self.components = components(variable)
+        self.variable, self.components = variable, components(variable)
         first = self.components[0]
         self.name: str = getattr(variable, "path", variable.name)
         self.shape = tuple(first.shape)
