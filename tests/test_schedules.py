@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hvd_localsgd as lsgd
-from hvd_localsgd.core import header, protocol
+from hvd_localsgd.core import header, protocol, schedules
 from hvd_localsgd.core.settings import Settings
-from hvd_localsgd.frontends import schedules
 
 
 def run(schedule, steps, rate=lambda step: np.nan, loss=lambda step: np.nan, remaining=False, pace=0.0, sync=0.0):

@@ -24,7 +24,7 @@ from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.selection import means_and_variances
 from hvd_localsgd.core.timing import Recorded, Timings
 from hvd_localsgd.frontends import frames, keras_state
-from hvd_localsgd.frontends.schedules import Schedule
+from hvd_localsgd.frontends.parts import Schedule
 from hvd_localsgd.frontends.table import print_table
 
 _maybe_merge_call = tf.__internal__.distribute.interim.maybe_merge_call

@@ -24,6 +24,7 @@ SAVED = (
     "Join",
     "LocalSGDOptimizer",
     "Mean",
+    "Names",
     "Nesterov",
     "OneShot",
     "PostLocal",

@@ -1,9 +1,10 @@
-"""The schedules of the core, known to Keras' serialisation."""
+"""What the core lets users choose, known to Keras' serialisation."""
 
 from __future__ import annotations
 
 import keras
 
+from hvd_localsgd.core.outer import OUTERS, Mean, Nesterov, SlowMo
 from hvd_localsgd.core.schedules import (
     SCHEDULES,
     AdaComm,
@@ -21,6 +22,7 @@ from hvd_localsgd.core.schedules import (
     SyncSteps,
     Warmup,
 )
+from hvd_localsgd.core.selection import Names
 
 __all__ = [
     "AdaComm",
@@ -29,15 +31,19 @@ __all__ = [
     "Function",
     "Growing",
     "Join",
+    "Mean",
+    "Names",
+    "Nesterov",
     "Now",
     "OneShot",
     "PostLocal",
     "QuadraticSync",
     "Schedule",
+    "SlowMo",
     "Stagewise",
     "SyncSteps",
     "Warmup",
 ]
 
-for _schedule in SCHEDULES:
-    keras.saving.register_keras_serializable("hvd_localsgd")(_schedule)
+for _part in (*SCHEDULES, *OUTERS, Names):
+    keras.saving.register_keras_serializable("hvd_localsgd")(_part)
