@@ -54,6 +54,8 @@ def test_weights_by_samples_over_rounds_of_different_lengths(lsgd, gather):
 def test_arrays_that_cannot_be_averaged_are_refused(lsgd):
     with pytest.raises(TypeError, match="Received: array 1 of int64"):
         lsgd.ModelAverager([np.zeros(2), np.zeros(2, np.int64)]).begin()
+    with pytest.raises(TypeError, match="floating dtype can be averaged. Received: variable 1 of .*int32"):
+        lsgd.ModelAverager([tf.Variable([1.0]), tf.Variable([1])]).begin()
     with pytest.raises(ValueError, match=r"array 0, of shape \(2, 3\), must be contiguous and writable"):
         lsgd.ModelAverager([np.zeros((3, 2)).T]).begin()
     with pytest.raises(TypeError, match="not both"):
