@@ -56,13 +56,16 @@ def run(how, model, x, y, batch=8):
 def test_follows_algorithm_1(lsgd, gather, how):
     extra = {"steps_per_execution": {"steps_per_execution": 3}, "run_eagerly": {"run_eagerly": True}}.get(how, {})
     model = reference.make_model()
-    optimizer = wrapped(lsgd, "momentum", 3, statistics=model.non_trainable_variables)
+    counter = tf.Variable(lsgd.rank())
+    optimizer = wrapped(lsgd, "momentum", 3, statistics=[*model.non_trainable_variables, counter])
     model.compile(optimizer, "mse", **extra)
     run(how, model, *reference.data(lsgd.rank(), 8))
     models, _ = reference.local_sgd(INNER["momentum"], 3, [8] * lsgd.size())
     reference.assert_close(model, models[0])
     reference.assert_same_everywhere(gather, model)
+    assert int(counter.numpy()) == lsgd.rank(), "an integer is each rank's own"
     assert [r.last_step for r in optimizer.timings if r.interval] == [3, 6, 8]
+    assert all(r.input == 0 for r in optimizer.timings)
     assert [t["rank"] for t in optimizer.totals] == list(range(lsgd.size()))
 
 
