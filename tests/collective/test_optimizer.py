@@ -237,6 +237,18 @@ def test_saves_and_loads(lsgd, gather, tmp_path):
     assert [r.last_step for r in optimizer.timings if r.interval] == [10, 12], "the count of steps goes on"
 
 
+@pytest.mark.pairs
+def test_statistics_are_not_saved(lsgd):
+    """They are variables of a model: an optimizer from a file has none."""
+    statistic, weight = tf.Variable([float(lsgd.rank())]), keras.Variable([0.0])
+    optimizer = lsgd.LocalSGDOptimizer(keras.optimizers.SGD(1.0), 1, statistics=[statistic])
+    loaded = lsgd.LocalSGDOptimizer.from_config(optimizer.get_config())
+    loaded.apply_gradients([(tf.constant([1.0 + lsgd.rank()]), weight)])
+    loaded.finalize_variable_values([weight])
+    np.testing.assert_allclose(weight.numpy(), [-np.mean(np.arange(lsgd.size()) + 1)])
+    np.testing.assert_array_equal(statistic.numpy(), [lsgd.rank()])
+
+
 def test_inside_xla_it_names_the_way_out(lsgd):
     model = reference.compiled(wrapped(lsgd, "sgd", 2), jit_compile=True)
     with pytest.raises(RuntimeError, match=r"jit_compile=False.*LocalSGDCallback"):

@@ -47,11 +47,12 @@ def test_sync_steps_are_kept_exactly(lsgd, gather, validate):
     reference.assert_same_everywhere(gather, model)
 
 
-def test_one_shot_averaging_is_the_mean_of_ranks_that_trained_alone(lsgd):
+def test_one_shot_averaging_is_the_mean_of_ranks_that_trained_alone(lsgd, gather):
     make = lambda: keras.optimizers.SGD(0.05, momentum=0.9)  # noqa: E731
     model = reference.compiled(make())
     callback = lsgd.LocalSGDCallback(lsgd.OneShot())
-    fit(lsgd, model, 5, callback, epochs=2)
+    losses = fit(lsgd, model, 5, callback, epochs=2).history["loss"]
+    assert gather(losses) == [losses] * lsgd.size(), "logs are averaged all the same"
     models, _ = reference.local_sgd(make, 10, [5] * lsgd.size(), epochs=2, flush=False)
     reference.assert_close(model, models[0])
     assert [r.steps for r in callback.timings if r.steps] == [10]
