@@ -41,7 +41,14 @@ def memory(communicator: Communicator, averaged: Sequence[Any], settings: Settin
     if any(arrays):
         raise TypeError("Give numpy arrays, or variables of TensorFlow or Keras, but not both.")
     from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
+    from hvd_localsgd.backends.tensorflow.variables import floats
 
+    kept = set(map(id, floats(averaged)))
+    for number, variable in enumerate(averaged):
+        if id(variable) not in kept:  # its mean would be cut to an integer, in silence
+            raise TypeError(
+                f"Only variables of a floating dtype can be averaged. Received: variable {number} of {variable.dtype}"
+            )
     return TensorFlowMemory(averaged, plain, on_device=communicator.takes_tensors and not host)
 
 

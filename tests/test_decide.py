@@ -99,4 +99,5 @@ def test_by_hand():
     assert decision.intervals.tolist() == [12, 6, 12]
     assert (decision.average, decision.stop, decision.unfinite) == (True, True, (1,))
     assert (decision.reached, decision.now.step) == (1.0, 12)
+    assert protocol.decide(table, Settings(10, interval="balanced")).weights.tolist() == [0.5, 0.5, 0.0]
     assert not protocol.decide(table[1:], Settings(10)).average, "nobody's round is over"

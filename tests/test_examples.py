@@ -15,7 +15,7 @@ def accuracy(output: str) -> float:
     return float(found[0])
 
 
-@pytest.mark.parametrize("example", ["keras_fit.py", "custom_loop.py", "mirrored_strategy.py"])
+@pytest.mark.parametrize("example", ["keras_fit.py", "custom_loop.py", "mirrored_strategy.py", "plain_numpy.py"])
 def test_example_reaches_its_accuracy(example):
     result = launched.mpirun(2, f"examples/{example}", timeout=180)
     assert result.status == 0, result.output
@@ -71,4 +71,6 @@ def test_plan_prints_what_theory_allows():
     assert "1.44e+03 ms" in result.output
     (convex,) = [text for text in result.output.splitlines() if "strongly convex" in text]
     assert convex.split()[:2] == ["31", "3226"]
+    assert convex.rstrip().endswith("theory up to a constant, here 1")
+    assert [text.split()[0] for text in result.output.splitlines() if text.rstrip().endswith("rule of thumb")] == ["16"]
     assert launched.start([*line, "--ranks", "0"], 60).status == 2

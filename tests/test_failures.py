@@ -47,6 +47,8 @@ def test_an_error_on_every_rank(what):
         "async_raises": r"ends the job \(ValueError\)",
     }.get(what, EVERY_RANK[what])
     assert error_lines(result.output, own, 1), result.output
+    if what in ("async_nan", "async_nan_row"):
+        assert error_lines(result.output, "finite here: True", 0), result.output
 
 
 def test_a_rank_that_is_killed_ends_the_job():
@@ -55,6 +57,16 @@ def test_a_rank_that_is_killed_ends_the_job():
     assert result.status != 0, result.output
     assert "not reached" not in result.output, result.output
     assert time.monotonic() - began < 60
+
+
+def test_a_rank_that_gets_no_answer_ends_the_job_alone():
+    """Rank 0 sleeps for a minute before it would hear of anything."""
+    began = time.monotonic()
+    result = launched.mpirun(2, "tests/programs/failing_program.py", "raises_before_training_unheard", timeout=90)
+    assert result.status != 0, result.output
+    assert "not reached" not in result.output, result.output
+    assert error_lines(result.output, r"ends the job \(KeyError\)", 1), result.output
+    assert time.monotonic() - began < 45
 
 
 def test_the_wrong_mpirun_is_found_out():
@@ -75,6 +87,14 @@ def test_a_missing_mpirun_is_said(tmp_path):
     assert result.status == 2
     assert "mpirun was not found" in result.output
     assert "pip install 'hvd-localsgd[mpi]'" in result.output
+
+
+def test_a_kernel_without_a_compiler_is_refused_in_words(tmp_path):
+    environment = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
+    result = launched.start([launched.sys.executable, "-m", "hvd_localsgd.tools.build_kernel"], 60, environment)
+    assert result.status == 1, result.output
+    assert "The kernel needs a C++ compiler: apt-get install g++" in result.output, result.output
+    assert "Traceback" not in result.output, result.output
 
 
 def test_a_missing_mpi_library_is_said(tmp_path):

@@ -67,7 +67,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_data_workers_of_keras_work_and_join_nobody(method, tmp_path):
     notes = tmp_path / "notes"
     result = run(tmp_path, DATA_WORKERS, method, str(notes), timeout=240)
@@ -78,7 +78,7 @@ def test_data_workers_of_keras_work_and_join_nobody(method, tmp_path):
     workers = [line for line in lines if line[:2] == ["imported", "__mp_main__"]]
     assert all(line[-2:] == ["0", "1"] for line in workers)
     # One worker for each pool, and a pool or two for an epoch; it used to be hundreds.
-    assert len(workers) <= (4 if method == "spawn" else 0), result.output
+    assert len(workers) <= (0 if method == "fork" else 4), result.output
     # Whoever deals out data by such a rank is told, but importing the script again is no reason.
     told = "A process that was started by rank 1 of 2 is no rank itself: rank() is 0 and size() is 1 here"
     assert told in result.output, result.output
@@ -178,6 +178,49 @@ def test_ranks_of_a_launcher_that_a_rank_of_another_job_started_are_ranks(tmp_pa
     assert result.status == 0, result.output
 
 
+# --- what a rank has to itself, and how it ends
+
+ENDS = """
+import atexit, os
+for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
+    os.environ.pop(name, None)
+import numpy as np
+
+def look():  # after everything that is registered later, which init does
+    # Three steps, of 1 on rank 0 and 2 on rank 1. The averager begins with what rank 0 has after its first: 1 + 1.5 + 1.5.
+    np.testing.assert_allclose(own, [4.0])
+    np.testing.assert_allclose(kernel.numpy(), [[-4.5]])
+    print("ended with the mean")
+
+atexit.register(look)
+import tensorflow as tf
+
+tf.config.threading.set_inter_op_parallelism_threads(3)
+import hvd_localsgd as lsgd
+
+lsgd.init()
+share = max(1, len(os.sched_getaffinity(0)) // 2)  # both ranks may use all of them
+assert tf.config.threading.get_intra_op_parallelism_threads() == share
+assert tf.config.threading.get_inter_op_parallelism_threads() == 3  # the script has said so
+import keras
+
+own, kernel = np.zeros(1), keras.Variable([[0.0]])
+averager = lsgd.ModelAverager([own], 2)
+optimizer = lsgd.LocalSGDOptimizer(keras.optimizers.SGD(1.0), 2)
+for _ in range(3):
+    own += lsgd.rank() + 1
+    averager.step()
+    optimizer.apply_gradients([(tf.constant([[lsgd.rank() + 1.0]]), kernel)])
+# No finish, and no finalize_variable_values.
+"""
+
+
+def test_threads_are_shared_and_what_was_not_finished_is_finished_at_exit(tmp_path):
+    result = run(tmp_path, ENDS)
+    assert result.status == 0, result.output
+    assert result.output.count("ended with the mean") == 2, result.output
+
+
 # --- MPI and TensorFlow in one process
 
 FIT = """
@@ -223,15 +266,18 @@ CRASH = "crash in MPI_Finalize when it ends"
 MPI = "from mpi4py import MPI\n"
 TENSORFLOW = "import tensorflow\n"
 INIT = "import hvd_localsgd as lsgd; lsgd.init()\n"
+USE = "import tensorflow; tensorflow.zeros(1)\n"
 END = "assert lsgd.size() == 2; print('came to the end')"
 
 
 @pytest.mark.parametrize("program", [MPI + INIT + TENSORFLOW, TENSORFLOW + MPI + INIT, INIT + MPI + TENSORFLOW])
 def test_mpi4py_may_be_imported_before_or_after(program, tmp_path):
-    result = run(tmp_path, program + END)
+    result = run(tmp_path, program + USE + END, environment={"TF_CPP_MIN_LOG_LEVEL": "0"})
     assert result.status == 0, result.output
     assert result.output.count("came to the end") == 2
     assert CRASH not in result.output
+    said = result.output.count("numa_hwloc.cc:")
+    assert said == (4 if program.startswith(MPI) and is_open_mpi_4() else 0), "two lines of each rank"
 
 
 @needs_open_mpi_4
@@ -239,6 +285,7 @@ def test_an_order_of_imports_that_ends_in_a_crash_is_warned_of(tmp_path):
     result = run(tmp_path, MPI + TENSORFLOW + INIT + END)
     assert result.status != 0, f"nothing crashes any more: remove the warning\n{result.output}"
     assert result.output.count(CRASH) == 1, result.output
+    assert "signal 11" in result.output, result.output
     assert "Call lsgd.init() before" in result.output
 
 

@@ -172,6 +172,7 @@ def _leave() -> None:
         if not trainer.finish_at_exit:
             end_job(trainer.communicator, RuntimeError(f"the process ended in the middle of training{_with_status()}"))
         try:
+            trainer.count_pending()
             trainer.finish()
         except BaseException as failure:  # from here nobody else would end the job
             sys.__excepthook__(type(failure), failure, failure.__traceback__)

@@ -22,8 +22,8 @@ def shard(data: Any, *, shuffle: bool = True, seed: int = 0, remainder: Remainde
     lists and dicts of arrays of one length, with None where there is none), *elements* of a ``tf.data.Dataset``
     (batches, if it is batched: shard first, then shuffle and batch), and batches of a ``keras.utils.PyDataset``.
 
-    Arrays are all that Keras takes for one: numpy's, tensors (ragged and sparse ones too), pandas', scipy's sparse
-    matrices (which come back as CSR), and whatever numpy can make an array of. A list is several arrays, as in Keras.
+    Arrays are all that Keras takes for one: numpy's, tensors (ragged and sparse ones too), pandas' (tested where it is
+    installed), scipy's sparse matrices (which come back as CSR), and whatever numpy can make an array of. A list is several arrays, as in Keras.
 
     Args:
         data: see above; for arrays ``x, y = lsgd.shard((x, y))``.

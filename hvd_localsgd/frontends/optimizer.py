@@ -45,12 +45,13 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
     ``train_step(data)``; a loop of your own calls ``count_samples`` in each step.
 
     Args:
-        inner_optimizer: the Keras optimizer that takes the local steps. Everything it can do goes on working;
+        inner_optimizer: the Keras optimizer that takes the local steps. Momentum, Adam, weight decay, clipping, rate
+            schedules, ``use_ema`` and loss scaling go on working (these are tested);
             with ``gradient_accumulation_steps`` its updates are counted, not the batches, and a step that
             ``LossScaleOptimizer`` skips counts too, so that ranks stay in step.
         {options}
         statistics: further variables to average, such as ``model.non_trainable_variables``; integers among them are
-            left alone.
+            not averaged.
         timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
         name: as for every Keras optimizer.
 
@@ -61,9 +62,10 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         totals: after the end of training, sums over those rounds, one dict per rank.
 
     Raises:
-        ValueError: an argument is not one of the above; when built: ranks hold different models or settings.
+        ValueError: an argument is not one of the above; in the first step: ranks hold different models or settings.
         RuntimeError: inside XLA (``jit_compile=True``), which cannot call MPI.
-        RankFailed: on every rank, when another rank failed or its weights are not finite.
+        RankFailed: on every rank, when another rank failed or its weights are not finite. Out of a graph (``fit``,
+            ``tf.function``) this and the ValueError of the first step come as TensorFlow's error with these words.
     """
 
     _engine: LocalSGD  # made before the first step

@@ -17,6 +17,17 @@ class Snapshots(keras.callbacks.Callback):
         self.taken.append([np.array(v.numpy()) for v in self.model.variables if "seed" not in v.path])
 
 
+class Epochs(keras.callbacks.Callback):
+    """The logs of each epoch, as this place in the list of callbacks sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append({k: v for k, v in logs.items() if "seconds" not in k})
+
+
 def fit(lsgd, model, rank_batches, callback, *, epochs=1, batch=8, callbacks=(), **arguments):
     x, y = reference.data(lsgd.rank(), rank_batches, batch)
     return model.fit(

@@ -1,6 +1,7 @@
 """``ModelAverager``: loops without Keras, and the parts that it lets one exchange."""
 
 import json
+import time
 
 import keras
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_localsgd import devices
+from hvd_localsgd.backends.tensorflow import together
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 from hvd_localsgd.core import reducers
 
@@ -51,9 +53,43 @@ def test_weights_by_samples_over_rounds_of_different_lengths(lsgd, gather):
     averager.finish()
 
 
+def test_ranks_with_other_numbers_of_steps_wait_with_weight_zero(lsgd):
+    rank, size = lsgd.rank(), lsgd.size()
+    own, left = np.zeros(2), [5 + 4 * k for k in range(size)]
+    expected = np.zeros(size)  # every rank's value, by hand
+    with lsgd.ModelAverager([own], 4) as averager:
+        for _ in range(left[rank]):
+            own += rank + 1.0
+            averager.step()
+    while any(left):
+        steps = [min(4, each) for each in left]
+        expected += np.multiply(steps, np.arange(size) + 1.0)
+        expected[:] = np.average(expected, weights=np.sign(steps))
+        left = [each - taken for each, taken in zip(left, steps, strict=True)]
+    np.testing.assert_allclose(own, expected[rank])
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_a_rank_that_waits_leaves_its_core_to_others(lsgd):
+    averager = lsgd.ModelAverager([np.zeros(2)], 1)
+    averager.begin()
+    before = time.thread_time()
+    if lsgd.rank() == lsgd.size() - 1:
+        time.sleep(0.6)
+    averager.step()
+    spent = time.thread_time() - before
+    averager.finish()
+    if lsgd.rank() < lsgd.size() - 1:
+        waited = averager.timings[0].wait
+        assert waited > 0.3
+        assert spent < 0.25 * waited
+
+
 def test_arrays_that_cannot_be_averaged_are_refused(lsgd):
     with pytest.raises(TypeError, match="Received: array 1 of int64"):
         lsgd.ModelAverager([np.zeros(2), np.zeros(2, np.int64)]).begin()
+    with pytest.raises(TypeError, match="floating dtype can be averaged. Received: variable 1 of .*int32"):
+        lsgd.ModelAverager([tf.Variable([1.0]), tf.Variable([1])]).begin()
     with pytest.raises(ValueError, match=r"array 0, of shape \(2, 3\), must be contiguous and writable"):
         lsgd.ModelAverager([np.zeros((3, 2)).T]).begin()
     with pytest.raises(TypeError, match="not both"):
@@ -62,7 +98,10 @@ def test_arrays_that_cannot_be_averaged_are_refused(lsgd):
         lsgd.ModelAverager([np.zeros(2)], optimizer_state="reset")
 
 
-@given(st.lists(st.sampled_from(["float32", "float64", "bfloat16"]), min_size=1, max_size=5), st.integers(0, 2**31))
+@given(
+    st.lists(st.sampled_from(["float32", "float64", "float16", "bfloat16"]), min_size=1, max_size=5),
+    st.integers(0, 2**31),
+)
 def test_variables_anywhere_go_as_one_tensor_per_dtype(lsgd, gather, dtypes, seed):
     """As those on a GPU do, which this machine may not have: to the host, and back."""
     random = np.random.default_rng([seed, lsgd.rank()])
@@ -76,7 +115,7 @@ def test_variables_anywhere_go_as_one_tensor_per_dtype(lsgd, gather, dtypes, see
     averager.finish()
     for i, variable in enumerate(own):
         mean = np.mean([other[i] for other in copies], axis=0)
-        tolerance = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-2}[variable.dtype.name]
+        tolerance = {"float32": 1e-6, "float64": 1e-14, "float16": 2e-3, "bfloat16": 1e-2}[variable.dtype.name]
         np.testing.assert_allclose(np.array(variable.numpy(), "float64"), mean, rtol=tolerance, atol=tolerance)
 
 
@@ -92,17 +131,52 @@ def test_tensors_in_chunks_do_not_change_a_tensor_that_the_user_holds(lsgd, gath
     averager.finish()
 
 
+WAYS = {
+    "arrays": lambda variables, values: values,
+    "in place": lambda variables, values: variables,
+    "together": lambda variables, values: variables,
+    "tensors": lambda variables, values: TensorFlowMemory(variables, tensors=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", [reducers.Library, reducers.Ring])
-def test_any_reducer_gives_the_mean_and_the_same_bits(lsgd, gather, kind):
+def test_any_reducer_gives_the_mean_and_the_same_bits(lsgd, gather, kind, way, monkeypatch):
     if devices.get().name != "mpi" and kind is reducers.Ring:
         pytest.skip("the ring is MPI's")
-    own = np.random.default_rng(lsgd.rank()).normal(size=1001).astype("float32")
-    everyone = gather(own.astype("float64"))
-    averager = lsgd.ModelAverager([own], 1, broadcast=False, reducer=lambda communicator: kind(communicator, 512))
+    monkeypatch.setattr(together, "MANY", 1 if way == "together" else 100)
+    random = np.random.default_rng(lsgd.rank())
+    values = [random.normal(size=size).astype("float32") for size in (1001, 3, 500)]
+    everyone = gather([value.astype("float64") for value in values])
+    variables = [tf.Variable(value) for value in values]
+    averaged = WAYS[way](variables, values)
+    averager = lsgd.ModelAverager(averaged, 1, broadcast=False, reducer=lambda communicator: kind(communicator, 512))
     averager.step()
     averager.finish()
-    np.testing.assert_allclose(own, np.mean(everyone, axis=0), rtol=1e-5, atol=1e-6)
-    assert len(set(gather(own.tobytes()))) == 1
+    own = values if way == "arrays" else [variable.numpy() for variable in variables]
+    for i, value in enumerate(own):
+        np.testing.assert_allclose(value, np.mean([other[i] for other in everyone], axis=0), rtol=1e-5, atol=1e-6)
+    assert len(set(gather(b"".join(value.tobytes() for value in own)))) == 1
+
+
+def test_asynchronously_staleness_counts_the_syncs_of_others_in_between(lsgd, gather):
+    """The ranks take turns; and each finds what those before it have added."""
+    rank, size = lsgd.rank(), lsgd.size()
+    own = np.zeros(2)
+    averager = lsgd.ModelAverager([own], 1, mode="async")
+    averager.begin()
+    total = 0.0
+    for _ in range(3):
+        for turn in range(size):
+            total += (turn + 1) / size
+            if turn == rank:
+                own += rank + 1.0
+                averager.step()
+                np.testing.assert_allclose(own, total)
+            gather(None)
+    averager.finish()
+    np.testing.assert_allclose(own, total)
+    assert [r.staleness for r in averager.timings if r.interval] == [rank, size - 1, size - 1]
 
 
 def test_everything_follows_a_communicator_that_shrinks(lsgd, gather):

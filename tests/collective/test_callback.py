@@ -1,6 +1,7 @@
 """The callback in real fits, on any number of ranks: pytest, or mpirun -np N python -m pytest tests/collective."""
 
 import json
+import socket
 import time
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from . import reference
-from .helpers import Snapshots, fit
+from .helpers import Epochs, Snapshots, fit
 
 
 @pytest.mark.usefixtures("layout")
@@ -121,23 +122,17 @@ def test_all_ranks_start_from_rank_0(lsgd):
             self.iterations = int(self.model.optimizer.iterations.numpy())
 
     look = Look()
-    fit(lsgd, model, 1, lsgd.LocalSGDCallback(sync_every=1), callbacks=[look])
+    callback = lsgd.LocalSGDCallback(sync_every=1)
+    fit(lsgd, model, 1, callback, callbacks=[look])
     assert look.weights == [float(i) for i in range(len(look.weights))]
     assert look.state == [float(len(look.weights) + i) for i in range(len(look.state))]
     assert look.iterations == 100
+    assert callback.timings[0].last_step == 101, "steps are counted on from rank 0's iterations"
 
 
 def test_logs_are_averaged_by_samples_before_later_callbacks_see_them(lsgd, gather):
-    class OwnLogs(keras.callbacks.Callback):
-        def __init__(self):
-            super().__init__()
-            self.seen = []
-
-        def on_epoch_end(self, epoch, logs=None):
-            self.seen.append({k: v for k, v in logs.items() if "seconds" not in k})
-
     rank, size = lsgd.rank(), lsgd.size()
-    first, last = OwnLogs(), OwnLogs()
+    first, last = Epochs(), Epochs()
     model = reference.compiled(keras.optimizers.SGD(0.05), metrics=["mae"])
     x, y = reference.data(rank, 2 + rank)
     held_x, held_y = reference.data(50 + rank, 1 + rank)
@@ -147,7 +142,7 @@ def test_logs_are_averaged_by_samples_before_later_callbacks_see_them(lsgd, gath
         model.fit(
             x, y, batch_size=8, verbose=0, validation_data=(held_x, held_y), callbacks=[first, callback, last], epochs=2
         )
-    said = [str(w.message) for w in caught if "stands behind OwnLogs" in str(w.message)]
+    said = [str(w.message) for w in caught if "stands behind Epochs" in str(w.message)]
     assert bool(said) == (rank == 0 and size > 1)
     for own, averaged in zip(first.seen, last.seen, strict=True):
         everyone = gather(own)
@@ -321,11 +316,27 @@ def test_compiled_by_xla_and_eager(lsgd, arguments):
     reference.assert_close(model, models[0], 1e-4)
 
 
+@pytest.mark.pairs
+def test_with_gradient_accumulation_a_local_step_is_a_batch(lsgd, gather):
+    def make():
+        return keras.optimizers.SGD(0.05, momentum=0.9, gradient_accumulation_steps=2)
+
+    model = reference.compiled(make())
+    callback = lsgd.LocalSGDCallback(sync_every=3)
+    fit(lsgd, model, 8, callback)
+    assert [r.last_step for r in callback.timings if r.interval] == [3, 6, 8]
+    models, _ = reference.local_sgd(make, 3, [8] * lsgd.size())
+    reference.assert_close(model, models[0])
+    reference.assert_same_everywhere(gather, model)
+
+
 def test_timings_add_up_and_are_written(lsgd, gather, tmp_path):
     folder = gather(str(tmp_path))[0]
     model = reference.compiled(keras.optimizers.SGD(0.05))
     callback = lsgd.LocalSGDCallback(sync_every=3, timings=folder)
+    before = time.time()
     history = fit(lsgd, model, 8, callback, epochs=2)
+    after = time.time()
     lines = [json.loads(line) for line in Path(f"{folder}/rank-{lsgd.rank()}.jsonl").read_text().splitlines()]
     parts = ("compute", "input", "wait", "pack", "communicate", "unpack", "outer")
     assert [(r["first_step"], r["last_step"]) for r in lines if r["interval"]] == [
@@ -335,7 +346,8 @@ def test_timings_add_up_and_are_written(lsgd, gather, tmp_path):
         assert line["round"] == record.round
         assert sum(line[p] for p in parts) + line["residual"] == pytest.approx(line["wall"], abs=1e-9)
         assert all(line[p] >= 0 for p in parts)
-        assert (line["rank"], line["size"]) == (lsgd.rank(), lsgd.size())
+        assert (line["rank"], line["size"], line["host"]) == (lsgd.rank(), lsgd.size(), socket.gethostname())
+        assert before <= line["start"] <= line["start"] + line["wall"] <= after + 0.01
     wall = sum(line["wall"] for line in lines)
     assert sum(abs(line["residual"]) for line in lines) < 0.01 * wall
     assert [t["rank"] for t in callback.totals] == list(range(lsgd.size()))

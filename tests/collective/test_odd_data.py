@@ -76,6 +76,8 @@ def test_rows_of_everything_that_keras_takes_for_an_array(lsgd, gather, kind, re
         assert part is whole
     elif kind not in ("anything", "variable", "keras variable", "csc", "coo", "lil"):
         assert type(part) is type(whole)
+    elif kind in ("csc", "coo", "lil"):
+        assert part.format == "csr"
     counts = np.bincount(np.concatenate(gather(numbers)), minlength=ROWS)
     assert counts.sum() == {"keep": ROWS, "drop": ROWS - ROWS % size, "repeat": ROWS + -ROWS % size}[remainder]
     assert counts.max() <= 1 + (remainder == "repeat")
@@ -204,7 +206,7 @@ class Note(keras.callbacks.Callback):
 
 class Look(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
-        self.logs = dict(logs)
+        self.logs, self.weights = dict(logs), self.model.get_weights()
 
 
 def f1_per_class(labels, scores):
@@ -229,12 +231,27 @@ def test_a_metric_for_each_class_is_averaged_element_by_element(lsgd, gather, ve
     model.compile(keras.optimizers.SGD(0.1), "categorical_crossentropy", metrics=[keras.metrics.F1Score(name="f1")])
     look = Look()
     more = [look, keras.callbacks.CSVLogger(tmp_path / "log.csv"), keras.callbacks.EarlyStopping("val_loss")]
+    if rank == 0:
+        more.append(keras.callbacks.ModelCheckpoint(tmp_path / "model.keras"))
     callbacks = [lsgd.LocalSGDCallback(2), *more]
     history = model.fit(x, y, batch_size=8, validation_data=validation, verbose=verbose, callbacks=callbacks).history
-    own = f1_per_class(validation[1], model.predict(validation[0], verbose=0))
+    printed = capsys.readouterr().out
+    assert ("val_loss: " in printed, "Local SGD, Constant" in printed) == (verbose > 0 and rank == 0,) * 2, (
+        "rank 0 alone"
+    )
+    # What callbacks see at the epoch's end, and write, is the average: the five batches are no multiple of two.
+    written = keras.models.load_model(tmp_path / "model.keras").get_weights() if rank == 0 else look.weights
+    for seen, file, left, others in zip(
+        look.weights, written, model.get_weights(), gather(look.weights)[0], strict=True
+    ):
+        assert seen.tobytes() == file.tobytes() == left.tobytes() == others.tobytes()
+    scores = model.predict(validation[0], verbose=0)
+    own = f1_per_class(validation[1], scores)
     assert isinstance(look.logs["val_f1"], np.ndarray)
     samples = [24 + 8 * k for k in range(lsgd.size())]
     np.testing.assert_allclose(look.logs["val_f1"], np.average(gather(own), axis=0, weights=samples), rtol=1e-5)
+    own_loss = -np.mean(np.log(scores[validation[1] > 0].astype("float64")))
+    assert look.logs["val_loss"] == pytest.approx(np.average(gather(own_loss), weights=samples), rel=1e-5)
     for seen in gather((look.logs["f1"], look.logs["val_f1"], history["val_f1"][0])):
         for one, other in zip(seen, (look.logs["f1"], look.logs["val_f1"], look.logs["val_f1"]), strict=True):
             assert np.shape(one) == (3,)

@@ -56,13 +56,16 @@ def run(how, model, x, y, batch=8):
 def test_follows_algorithm_1(lsgd, gather, how):
     extra = {"steps_per_execution": {"steps_per_execution": 3}, "run_eagerly": {"run_eagerly": True}}.get(how, {})
     model = reference.make_model()
-    optimizer = wrapped(lsgd, "momentum", 3, statistics=model.non_trainable_variables)
+    counter = tf.Variable(lsgd.rank())
+    optimizer = wrapped(lsgd, "momentum", 3, statistics=[*model.non_trainable_variables, counter])
     model.compile(optimizer, "mse", **extra)
     run(how, model, *reference.data(lsgd.rank(), 8))
     models, _ = reference.local_sgd(INNER["momentum"], 3, [8] * lsgd.size())
     reference.assert_close(model, models[0])
     reference.assert_same_everywhere(gather, model)
+    assert int(counter.numpy()) == lsgd.rank(), "an integer is each rank's own"
     assert [r.last_step for r in optimizer.timings if r.interval] == [3, 6, 8]
+    assert all(r.input == 0 for r in optimizer.timings)
     assert [t["rank"] for t in optimizer.totals] == list(range(lsgd.size()))
 
 
@@ -232,6 +235,18 @@ def test_saves_and_loads(lsgd, gather, tmp_path):
     loaded.fit(x, y, batch_size=8, shuffle=False, verbose=0)
     reference.assert_same_everywhere(gather, loaded)
     assert [r.last_step for r in optimizer.timings if r.interval] == [10, 12], "the count of steps goes on"
+
+
+@pytest.mark.pairs
+def test_statistics_are_not_saved(lsgd):
+    """They are variables of a model: an optimizer from a file has none."""
+    statistic, weight = tf.Variable([float(lsgd.rank())]), keras.Variable([0.0])
+    optimizer = lsgd.LocalSGDOptimizer(keras.optimizers.SGD(1.0), 1, statistics=[statistic])
+    loaded = lsgd.LocalSGDOptimizer.from_config(optimizer.get_config())
+    loaded.apply_gradients([(tf.constant([1.0 + lsgd.rank()]), weight)])
+    loaded.finalize_variable_values([weight])
+    np.testing.assert_allclose(weight.numpy(), [-np.mean(np.arange(lsgd.size()) + 1)])
+    np.testing.assert_array_equal(statistic.numpy(), [lsgd.rank()])
 
 
 def test_inside_xla_it_names_the_way_out(lsgd):

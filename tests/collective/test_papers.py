@@ -14,17 +14,24 @@ from hvd_localsgd.core import settings
 from hvd_localsgd.tools import plan
 
 from . import reference
-from .helpers import Snapshots, fit
+from .helpers import Epochs, Snapshots, fit
 
 
+@pytest.mark.filterwarnings("ignore:LocalSGDCallback stands behind Epochs")
 @pytest.mark.parametrize("validate", [False, True])
 def test_sync_steps_are_kept_exactly(lsgd, gather, validate):
     model = reference.compiled(keras.optimizers.SGD(0.05), batch_normalization=False)
-    before, after = Snapshots(), Snapshots()
+    before, after, own = Snapshots(), Snapshots(), Epochs()
     x, y = reference.data(lsgd.rank(), 4)
     callback = lsgd.LocalSGDCallback(lsgd.SyncSteps([1, 3, 6, 7]))
     validation = {"validation_data": (x, y)} if validate else {}
-    model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[before, callback, after], **validation)
+    callbacks = [own, before, callback, after]
+    history = model.fit(
+        x, y, batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=callbacks, **validation
+    ).history
+    for key in own.seen[0]:
+        expected = np.mean(gather([logs[key] for logs in own.seen]), axis=0)
+        np.testing.assert_allclose(history[key], expected, rtol=1e-6, err_msg="logs are averaged all the same")
     for step in range(12):
         local = gather(before.taken[step])
         for i, mine in enumerate(after.taken[step]):
@@ -40,14 +47,28 @@ def test_sync_steps_are_kept_exactly(lsgd, gather, validate):
     reference.assert_same_everywhere(gather, model)
 
 
-def test_one_shot_averaging_is_the_mean_of_ranks_that_trained_alone(lsgd):
+def test_one_shot_averaging_is_the_mean_of_ranks_that_trained_alone(lsgd, gather):
     make = lambda: keras.optimizers.SGD(0.05, momentum=0.9)  # noqa: E731
     model = reference.compiled(make())
     callback = lsgd.LocalSGDCallback(lsgd.OneShot())
-    fit(lsgd, model, 5, callback, epochs=2)
+    losses = fit(lsgd, model, 5, callback, epochs=2).history["loss"]
+    assert gather(losses) == [losses] * lsgd.size(), "logs are averaged all the same"
     models, _ = reference.local_sgd(make, 10, [5] * lsgd.size(), epochs=2, flush=False)
     reference.assert_close(model, models[0])
     assert [r.steps for r in callback.timings if r.steps] == [10]
+
+
+@pytest.mark.pairs
+def test_a_schedule_of_ones_own(lsgd, gather):
+    class Doubling(lsgd.Schedule):
+        def interval(self, now):
+            return max(1, now.step)
+
+    model = reference.compiled(keras.optimizers.SGD(0.05), batch_normalization=False)
+    callback = lsgd.LocalSGDCallback(Doubling())
+    fit(lsgd, model, 11, callback)
+    assert [r.last_step for r in callback.timings if r.interval] == [1, 2, 4, 8, 11]
+    reference.assert_same_everywhere(gather, model)
 
 
 @given(st.sets(st.integers(1, 500), min_size=1, max_size=20))
@@ -72,6 +93,8 @@ def test_growing_rounds(lsgd):
     assert [schedule.interval(lsgd.Now(t)) for t in (0, 3, 16, 36, 100, 10**6)] == [1, 1, 2, 3, 5, 6]
     with pytest.raises(ValueError, match="scale"):
         lsgd.Growing(scale=0)
+    with pytest.raises(ValueError, match="maximum must be an integer >= 1"):
+        lsgd.Growing(1, 0)
 
 
 def test_decaying_rates_follow_the_reference(lsgd):
@@ -103,6 +126,14 @@ def test_the_papers_rules(lsgd):
         lsgd.convex_interval(10, 1, mu=1)
     with pytest.raises(ValueError, match="steps must be"):
         lsgd.nonconvex_interval(0, 1)
+    assert lsgd.convex_interval(4, 1, a=1000) == 4, "at most T"
+    for wrong in (lambda: lsgd.convex_interval(10, 0), lambda: lsgd.convex_interval(10, 1, 0)):
+        with pytest.raises(ValueError, match=r"(ranks|batch) must be >= 1"):
+            wrong()
+    with pytest.raises(ValueError, match="variance and gradient"):
+        lsgd.nonconvex_interval(10, 1, variance=1.0)
+    with pytest.raises(ValueError, match="epsilon and rho"):
+        lsgd.speed_up(2, 1, rho=-1.0)
     assert lsgd.speed_up(8, 4) == 8
     assert lsgd.speed_up(1, 16, epsilon=0.0, rho=25) == 1
     assert lsgd.speed_up(4, 2, 0.01, 25) == pytest.approx(
@@ -110,19 +141,35 @@ def test_the_papers_rules(lsgd):
     )
 
 
-@pytest.mark.parametrize(("weights", "power"), [("quadratic", 2), ("linear", 1), ("uniform", 0)])
-def test_the_average_of_iterates_is_numpys(lsgd, gather, weights, power):
-    model = reference.compiled(keras.optimizers.SGD(0.05), batch_normalization=False)
-    average = lsgd.IterateAverage(weights, a=3.0)
-    after = Snapshots()
-    keras_start = model.get_weights()
-    fit(lsgd, model, 5, lsgd.LocalSGDCallback(2), epochs=2, callbacks=[average, after])
-    start = gather(keras_start)[0]
-    iterates = gather([start, *after.taken[:-1]])
-    w = (3.0 + np.arange(10)) ** power
+class Iterates(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.taken.append([w.astype("float64") for w in self.model.get_weights()])
+
+
+@pytest.mark.parametrize(
+    ("weights", "power", "front_end"),
+    [("quadratic", 2, "callback"), ("linear", 1, "optimizer"), ("uniform", 0, "callback")],
+)
+def test_the_average_of_iterates_is_numpys(lsgd, gather, weights, power, front_end):
+    """Of ranks with other numbers of batches too: they could not end if anything were communicated for it at each step."""
+    batches = 5 if weights == "quadratic" else 5 + lsgd.rank()
+    optimizer, average, iterates = keras.optimizers.SGD(0.05), lsgd.IterateAverage(weights, a=3.0), Iterates()
+    callbacks = [lsgd.LocalSGDCallback(2)] if front_end == "callback" else []
+    model = reference.compiled(optimizer if callbacks else lsgd.LocalSGDOptimizer(optimizer, 2), False)
+    x, y = reference.data(lsgd.rank(), batches)
+    callbacks += [average, iterates]
+    model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+    everyone = gather(iterates.taken)
+    assert [len(own) for own in everyone][lsgd.rank()] == 2 * batches
+    w = (3.0 + np.arange(2 * (5 + lsgd.size()))) ** power
     for i, mine in enumerate(average.value):
-        mean = np.mean([sum(w[t] * own[t][i].astype("float64") for t in range(10)) for own in iterates], axis=0)
-        np.testing.assert_allclose(mine, mean / w.sum(), rtol=1e-5, atol=1e-6)
+        total = sum(w[t] * own[t][i] for own in everyone for t in range(len(own)))
+        mean = total / sum(w[: len(own)].sum() for own in everyone)
+        np.testing.assert_allclose(mine, mean, rtol=1e-5, atol=1e-6)
     assert len({b"".join(v.tobytes() for v in other) for other in gather(average.value)}) == 1
     last, value = model.get_weights(), average.value
     average.swap()
@@ -150,8 +197,13 @@ def test_the_average_of_iterates_wants_its_place(lsgd):
     x, y = reference.data(0, 1)
     with pytest.raises(ValueError, match="behind LocalSGDCallback"):
         model.fit(x, y, verbose=0, callbacks=[lsgd.IterateAverage(), lsgd.LocalSGDCallback(2)])
+    model.compile("sgd", "mse", steps_per_execution=2)
+    with pytest.raises(ValueError, match="needs steps_per_execution=1"):
+        model.fit(x, y, verbose=0, callbacks=[lsgd.LocalSGDCallback(2), lsgd.IterateAverage()])
     with pytest.raises(ValueError, match="weights must be"):
         lsgd.IterateAverage("cubic")
+    with pytest.raises(ValueError, match="a must be >= 0"):
+        lsgd.IterateAverage(a=-1.0)
 
 
 def drifting(optimizer):
@@ -178,7 +230,10 @@ def test_asynchronously_no_progress_is_lost(lsgd, gather, front_end):
     else:
         callback = lsgd.LocalSGDOptimizer(keras.optimizers.SGD(0.1), 2, mode="async")
         model, callbacks = drifting(callback), []
-    model.fit(x, x[:, :1], batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+    losses = model.fit(x, x[:, :1], batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=callbacks).history[
+        "loss"
+    ]
+    assert len(set(map(tuple, gather(losses)))) == communicator.size, "logs are each rank's own"
     progress = gather(-0.1 * 2 * x.reshape(batches, 8, 4).mean(1).sum(0))
     np.testing.assert_allclose(model.get_weights()[0][:, 0], np.mean(progress, axis=0), rtol=1e-4, atol=1e-5)
     reference.assert_same_everywhere(gather, model)

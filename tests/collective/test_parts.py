@@ -22,6 +22,13 @@ def communicator(lsgd):
     return devices.get()
 
 
+def test_on_one_host_local_ranks_are_the_ranks(lsgd, gather):
+    assert gather((lsgd.local_rank(), lsgd.local_size())) == [(rank, lsgd.size()) for rank in range(lsgd.size())]
+    # tests/conftest.py has said how many threads there are, in the environment: init does not touch them.
+    assert tf.config.threading.get_intra_op_parallelism_threads() == 0
+    assert tf.config.threading.get_inter_op_parallelism_threads() == 0
+
+
 def test_allreduce_sums_and_broadcast_copies(communicator):
     for dtype in (np.float32, np.float64):
         buffer = np.arange(1001, dtype=dtype) * (communicator.rank + 1)
@@ -197,7 +204,7 @@ def test_the_start_is_rank_0s_stretch_by_stretch(communicator, monkeypatch):
 
 
 @pytest.mark.usefixtures("several_ranks")
-@pytest.mark.parametrize("difference", ["shape", "dtype", "count", "name", "settings"])
+@pytest.mark.parametrize("difference", ["shape", "dtype", "count", "name", "settings", "interval"])
 def test_different_models_are_an_error_on_every_rank(lsgd, communicator, difference):
     odd = communicator.rank == communicator.size - 1
     shape = (3, 2) if odd and difference == "shape" else (2, 3)
@@ -206,8 +213,9 @@ def test_different_models_are_an_error_on_every_rank(lsgd, communicator, differe
     own = [keras.Variable(np.zeros(shape), dtype=dtype, name=name)]
     if odd and difference == "count":
         own.append(keras.Variable(np.zeros(1), name="more"))
-    averager = lsgd.ModelAverager(own, 1, weighting="samples" if odd and difference == "settings" else "equal")
-    expected = "Settings differ" if difference == "settings" else "Ranks hold different models"
+    every = 2 if odd and difference == "interval" else 1
+    averager = lsgd.ModelAverager(own, every, weighting="samples" if odd and difference == "settings" else "equal")
+    expected = "Settings differ" if difference in ("settings", "interval") else "Ranks hold different models"
     with pytest.raises(ValueError, match=rf"{expected}.*rank {communicator.size - 1} on "):
         averager.begin()
 
@@ -219,6 +227,9 @@ def test_keras_own_numbering_of_layers_is_no_difference(lsgd, communicator):
     layer.build((None, 3))
     averager = lsgd.ModelAverager(layer.trainable_variables, 1)
     averager.begin()
+    layer.kernel.assign(np.full((3, 2), communicator.rank))
+    averager.step()
+    np.testing.assert_allclose(layer.kernel.numpy(), np.full((3, 2), np.mean(range(communicator.size))))
     averager.finish()
 
 

@@ -227,6 +227,19 @@ def test_a_backup_is_restored(lsgd, tmp_path):
     reference.assert_close(again, straight)
 
 
+def test_a_backup_is_restored_on_every_rank(lsgd, gather, tmp_path):
+    """One epoch, whose backup is kept; then another process' model goes on from there."""
+    for epochs in (1, 2):
+        # Momentum is averaged: where each rank keeps its own, all begin again with rank 0's.
+        callback, model = lsgd.LocalSGDCallback(2, optimizer_state="average"), compiled(INNER["momentum"]())
+        backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+        train(lsgd, model, epochs, callbacks=[callback, backup])
+        assert [r.last_step for r in callback.timings if r.interval] == [[2, 4, 5], [7, 9, 10]][epochs - 1]
+    expected, _ = reference.local_sgd(INNER["momentum"], 2, [5] * lsgd.size(), epochs=2, state="average")
+    reference.assert_close(model, expected[0])
+    reference.assert_same_everywhere(gather, model)
+
+
 @pytest.mark.parametrize(
     "imports",
     ["import hvd_localsgd, keras", "import keras, hvd_localsgd", "import hvd_localsgd; from tensorflow import keras"],

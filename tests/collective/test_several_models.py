@@ -77,6 +77,17 @@ def test_progress_before_the_end_is_not_lost_while_a_rank_waits(lsgd):
         assert model.layers[0].kernel.numpy()[0, 0] == pytest.approx(expected)
 
 
+@pytest.mark.usefixtures("several_ranks")
+def test_models_that_ranks_finish_in_another_order_are_an_error_on_every_rank(lsgd):
+    models = [scalar(0.0), scalar(0.0)]
+    averagers = [lsgd.ModelAverager(model.trainable_variables, 4) for model in models]
+    for averager in averagers:
+        averager.step()
+    for averager in averagers if lsgd.rank() == 0 else averagers[::-1]:
+        with pytest.raises(lsgd.RankFailed, match="average different models at the same moment"):
+            averager.finish()
+
+
 class Adversaries(keras.Model):
     """A ``train_step`` with two of our optimizers, neither of which ``fit`` knows."""
 

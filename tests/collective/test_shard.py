@@ -55,6 +55,10 @@ def test_every_sample_once(lsgd, gather, make, extra, shuffle, seed):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     if not shuffle and size > 1:
         assert sum(parts, []) == list(range(count)), "contiguous, rank 0 first"
+    if shuffle and make is as_dataset:
+        assert all(element // size == i for part in parts for i, element in enumerate(part)), (
+            "one of each size in a row"
+        )
     assert all_read(gather, lsgd.shard(make(count), shuffle=shuffle, seed=seed)) == parts
 
 

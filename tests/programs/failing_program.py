@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 what = sys.argv[1].removeprefix("async_")
@@ -31,8 +32,10 @@ class Trouble(keras.callbacks.Callback):
                 embedding.embeddings.assign(np.where(np.arange(500)[:, None] == 333, np.nan, embedding.embeddings))
 
 
-if what == "raises_before_training" and odd:
+if what.startswith("raises_before_training") and odd:
     raise KeyError("trouble before training")
+if what == "raises_before_training_unheard":
+    time.sleep(60)
 units = 4 if odd and what == "shape" else 3
 sync_every = {"zero": 0, "negative": -3, "fraction": 2.5, "text": "x"}.get(what, 4)
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(units), keras.layers.Dense(1)])
@@ -55,5 +58,9 @@ if what == "optimizer_shape" or what.startswith("optimizer"):
 else:
     model.compile(optimizer, "mse")
     callback = lsgd.LocalSGDCallback(sync_every=sync_every, mode=mode)
-    model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[callback, Trouble()])
+    try:
+        model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[callback, Trouble()])
+    except lsgd.RankFailed:
+        print("finite here:", all(np.isfinite(w).all() for w in model.get_weights()), flush=True)
+        raise
 print("not reached")

@@ -74,10 +74,30 @@ for batch in strategy.experimental_distribute_dataset(dataset):
 optimizer.finalize_variable_values(model.trainable_variables)
 assert_like_reference(model)
 
+
+class Replicas(keras.callbacks.Callback):
+    """Each replica's values at each batch end, as this place in the list of callbacks sees them."""
+
+    def on_train_begin(self, logs=None):
+        self.taken = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        values = [strategy.experimental_local_results(v.value) for v in self.model.variables if "seed" not in v.path]
+        self.taken.append([[np.array(replica.numpy(), "float64") for replica in value] for value in values])
+
+
 # BatchNormalization under the strategy: each replica's statistics count.
 with strategy.scope():
     model = reference.compiled(make())
-model.fit(x, y, callbacks=[lsgd.LocalSGDCallback(sync_every=INTERVAL)], **fit)
+before, after = Replicas(), Replicas()
+model.fit(x, y, callbacks=[before, lsgd.LocalSGDCallback(sync_every=INTERVAL), after], **fit)
+for batch in (INTERVAL - 1, 2 * INTERVAL - 1):
+    local = gather(before.taken[batch])
+    assert any((one != other).any() for one, other in before.taken[batch]), "replicas hold statistics of their own"
+    for i, result in enumerate(after.taken[batch]):
+        mean = np.mean([replica for own in local for replica in own[i]], axis=0)
+        for replica in result:
+            np.testing.assert_allclose(replica, mean, rtol=1e-5, atol=1e-6)
 everyone = gather([c.numpy().tobytes() for v in model.variables for c in strategy.experimental_local_results(v.value)
                    if "seed" not in v.path])  # fmt: skip
 assert all(other == everyone[0] for other in everyone)

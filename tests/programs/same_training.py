@@ -1,4 +1,4 @@
-"""Train with every front end and optimizer, and save the weights: python -m tests.programs.same_training FILE."""
+"""Train with every front end and optimizer, and save the weights: python -m tests.programs.same_training FILE [COMMUNICATOR]."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1
 
 import hvd_localsgd as lsgd
 
-lsgd.init()
+lsgd.init(*sys.argv[2:])
 
 import keras
 import numpy as np
