@@ -11,7 +11,7 @@ from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 
 from . import reference
 
-pytestmark = pytest.mark.usefixtures("several_ranks")
+pytestmark = [pytest.mark.pairs, pytest.mark.usefixtures("several_ranks")]
 
 
 def large_variables():

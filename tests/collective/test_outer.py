@@ -12,6 +12,8 @@ from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 from . import reference
 from .helpers import fit
 
+pytestmark = pytest.mark.pairs
+
 ROUNDS = 20
 SHAPES = [(3,), (40, 20), (7, 5)]
 

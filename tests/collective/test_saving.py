@@ -240,6 +240,7 @@ def test_a_backup_is_restored_on_every_rank(lsgd, gather, tmp_path):
     reference.assert_same_everywhere(gather, model)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "imports",
     ["import hvd_localsgd, keras", "import keras, hvd_localsgd", "import hvd_localsgd; from tensorflow import keras"],
@@ -263,6 +264,7 @@ print(json.dumps([type(optimizer).__name__, optimizer.get_config()["sync_every"]
     assert json.loads(result.stdout) == ["LocalSGDOptimizer", {"steps": [4, 9]}, {"mu": 3.0, "a": 7.0}]
 
 
+@pytest.mark.alone
 def test_importing_the_package_and_then_keras_brings_nothing_of_ours_but_names(lsgd):
     if lsgd.rank() > 0:
         return
@@ -305,6 +307,7 @@ def test_a_copy_of_a_callback_starts_afresh_with_the_same_options(lsgd, gather, 
     assert len(written) == rounds + len(twin.timings)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("make_copy", COPIES)
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_copy_of_an_average_of_iterates_starts_afresh(lsgd, make_copy, trained):
@@ -320,6 +323,7 @@ def test_a_copy_of_an_average_of_iterates_starts_afresh(lsgd, make_copy, trained
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("make_copy", COPIES)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")

@@ -7,6 +7,8 @@ import pytest
 from . import reference
 from .helpers import fit
 
+pytestmark = pytest.mark.pairs
+
 
 def rounds(timings):
     return [r.interval for r in timings if r.interval]

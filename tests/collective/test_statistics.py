@@ -8,6 +8,8 @@ import tensorflow as tf
 from . import reference
 from .helpers import fit
 
+pytestmark = pytest.mark.pairs
+
 
 def values(model, *ends):
     return [v.numpy() for v in model.variables if v.path.endswith(ends)]
