@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,13 @@ from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.timing import Timings
 
 
-def memory(communicator: Communicator, averaged: Sequence[Any], settings: Settings, plain: Sequence[Any] = ()) -> Any:
+def memory(
+    communicator: Communicator,
+    averaged: Sequence[Any],
+    settings: Settings,
+    plain: Sequence[Any] = (),
+    every: Mapping[int, int] = MappingProxyType({}),
+) -> Any:
     """The memory of the framework that these variables belong to.
 
     Args:
@@ -25,6 +32,7 @@ def memory(communicator: Communicator, averaged: Sequence[Any], settings: Settin
         averaged: numpy arrays; or TensorFlow or Keras variables.
         settings: what the user chose.
         plain: those of them that are statistics, or state of an optimizer, and no weights.
+        every: by ``id``, of those that are not averaged at each sync, how rarely.
 
     Raises:
         TypeError: arrays and variables are mixed, or some cannot be averaged.
@@ -49,7 +57,7 @@ def memory(communicator: Communicator, averaged: Sequence[Any], settings: Settin
             raise TypeError(
                 f"Only variables of a floating dtype can be averaged. Received: variable {number} of {variable.dtype}"
             )
-    return TensorFlowMemory(averaged, plain, on_device=communicator.takes_tensors and not host)
+    return TensorFlowMemory(averaged, plain, every, on_device=communicator.takes_tensors and not host)
 
 
 def engine(

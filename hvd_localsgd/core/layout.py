@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ class Block:
         wire: the dtype that travels, float32 or float64.
         whole: the array is of that dtype, so that its memory can be the reduction's buffer.
         plain: of statistics, which are averaged and no more, whatever becomes of the weights' average.
+        every: averaged at every so manieth sync.
     """
 
     size: int
     wire: np.dtype
     whole: bool
     plain: bool = False
+    every: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class Chunk:
         number: its place in the plan.
         pieces: (block, start, stop, offset in the chunk) of each.
         direct: one piece of one block that can be reduced where it is.
+        every: averaged at every so manieth sync.
     """
 
     number: int
@@ -44,6 +48,7 @@ class Chunk:
     elements: int
     pieces: list[tuple[int, int, int, int]]
     direct: bool
+    every: int = 1
 
     def load(self, arrays: Sequence[Array], scratch: np.ndarray) -> Array:
         """The values, to be changed: the block's own memory, or a copy of several blocks in ``scratch`` (bytes)."""
@@ -71,7 +76,7 @@ def plan(blocks: Sequence[Block], chunk_bytes: int | None) -> list[Chunk]:
     """Every element of every block in exactly one chunk.
 
     A block of at least a sixteenth of a chunk has chunks of its own, which are reduced where they lie; smaller ones
-    are laid end to end. Chunks of float64 are apart from the others, which travel as float32.
+    are laid end to end. Chunks of float64 are apart from the others, which travel as float32; so are those of other periods.
 
     Args:
         blocks: what a memory hands out.
@@ -80,12 +85,14 @@ def plan(blocks: Sequence[Block], chunk_bytes: int | None) -> list[Chunk]:
     return [Chunk(number, *parts) for number, parts in enumerate(_chunks(blocks, chunk_bytes))]
 
 
-_Parts = tuple[np.dtype, int, list[tuple[int, int, int, int]], bool]
+_Parts = tuple[np.dtype, int, list[tuple[int, int, int, int]], bool, int]
 
 
 def _chunks(blocks: Sequence[Block], chunk_bytes: int | None) -> Iterator[_Parts]:
-    for wire in (np.dtype(np.float32), np.dtype(np.float64)):
-        own = [(index, block) for index, block in enumerate(blocks) if block.wire == wire and block.size]
+    wires: tuple[np.dtype, ...] = (np.dtype(np.float32), np.dtype(np.float64))
+    for every, wire in product(sorted({block.every for block in blocks}), wires):
+        alike = [(index, block) for index, block in enumerate(blocks) if (block.every, block.wire) == (every, wire)]
+        own = [(index, block) for index, block in alike if block.size]
         largest = max((block.size for _, block in own), default=1)
         capacity = largest if chunk_bytes is None else max(1, chunk_bytes // wire.itemsize)
         pieces: list[tuple[int, int, int, int]] = []
@@ -94,7 +101,7 @@ def _chunks(blocks: Sequence[Block], chunk_bytes: int | None) -> Iterator[_Parts
             if block.whole and (chunk_bytes is None or block.size >= capacity * _WORTH_A_CHUNK):
                 for start in range(0, block.size, capacity):
                     stop = min(block.size, start + capacity)
-                    yield wire, stop - start, [(index, start, stop, 0)], True
+                    yield wire, stop - start, [(index, start, stop, 0)], True, every
                 continue
             start = 0
             while start < block.size:
@@ -103,7 +110,7 @@ def _chunks(blocks: Sequence[Block], chunk_bytes: int | None) -> Iterator[_Parts
                 used += stop - start
                 start = stop
                 if used == capacity:
-                    yield wire, used, pieces, False
+                    yield wire, used, pieces, False, every
                     pieces, used = [], 0
         if used:
-            yield wire, used, pieces, False
+            yield wire, used, pieces, False, every

@@ -100,7 +100,6 @@ class Pipeline:
         self._plan = layout.plan(blocks, self.reducer.chunk_bytes)
         packed = (chunk.elements * chunk.dtype.itemsize for chunk in self._plan if not chunk.direct)
         self._scratch = np.zeros(max(packed, default=0), np.uint8)
-        self._bytes = sum(map(self.reducer.bytes, self._plan))
         with self.memory.open() as arrays:
             direct = {chunk.pieces[0][0] for chunk in self._plan if chunk.direct}
             for memory in (self._scratch, *(arrays[index] for index in sorted(direct))):
@@ -120,10 +119,11 @@ class Pipeline:
         reducer, lap = self.reducer, self.timings.lap
         if reducer is None:
             return Outcome()
+        due = [chunk for chunk in self._plan if now.round % chunk.every == 0]
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):  # looked at below
             for stage in self._stages:
                 stage.prepare(now, arrays)
-            for chunk in self._plan:
+            for chunk in due:
                 values = chunk.load(arrays, self._scratch)
                 for stage in self._stages:
                     values = stage.send(chunk, values)
@@ -145,7 +145,7 @@ class Pipeline:
         squared = self._drift.squared() / ranks if weight else 0.0
         total = reducer.total(math.nan if self._finite.found else squared)
         lap("communicate")
-        return Outcome(math.sqrt(total) if total >= 0 else math.nan, self._bytes)
+        return Outcome(math.sqrt(total) if total >= 0 else math.nan, sum(map(reducer.bytes, due)))
 
     @property
     def unfinite(self) -> str:

@@ -29,6 +29,23 @@ def option(default: Any, allowed: tuple[Any, ...] | Callable[[Any], Any], text: 
     return field(default=default, metadata={"allowed": allowed, "text": text})
 
 
+def as_state_policy(policy: Any) -> Any:
+    """A word, or the period of each kind of optimizer state, in syncs.
+
+    Raises:
+        ValueError: something else.
+    """
+    words = ("keep", "average", "reset")
+    if isinstance(policy, dict) and policy:
+        if all(isinstance(name, str) and type(every) is int and every >= 1 for name, every in policy.items()):
+            return dict(policy)
+    elif policy in words:
+        return policy
+    raise ValueError(
+        f'optimizer_state must be one of {words}, or a dict such as {{"momentum": 3}} with a number of syncs >= 1. Received: {policy!r}'
+    )
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the user chose, checked.
@@ -43,11 +60,12 @@ class Settings:
         'H, local steps between two syncs; or a ``Schedule``; ``"auto"``, which is ``Auto()``; or a function of some of '
         "``step``, ``round``, ``rate``, ``loss`` and ``remaining`` that gives H.",
     )
-    optimizer_state: Literal["keep", "average", "reset"] = option(
+    optimizer_state: Any = option(
         "keep",
-        ("keep", "average", "reset"),
+        as_state_policy,
         'what happens to momentum and moments at a sync: ``"keep"`` each rank\'s own, ``"average"`` them like weights '
-        '(more to send), or ``"reset"`` them to what the optimizer starts with.',
+        '(more to send), or ``"reset"`` them to what the optimizer starts with; or a dict such as ``{"momentum": 3, "velocity": '
+        "6}``, which averages each of these at every so manieth sync, and keeps the others.",
     )
     weighting: Literal["equal", "samples"] = option(
         "equal", ("equal", "samples"), 'ranks count ``"equal"``, or by the ``"samples"`` of their round.'
@@ -128,6 +146,14 @@ def _async_is_alone(chosen: Settings) -> str | None:
     return None
 
 
+def _async_has_no_periods(chosen: Settings) -> str | None:
+    if chosen.mode == "async" and isinstance(chosen.optimizer_state, dict):
+        return (
+            f"mode='async' knows no sync of all ranks to count by. Received: optimizer_state={chosen.optimizer_state!r}"
+        )
+    return None
+
+
 def _async_has_no_pool(chosen: Settings) -> str | None:
     if chosen.mode == "async" and chosen.variance == "pooled":
         return "mode='async' adds changes, one rank at a time: variances cannot be pooled."
@@ -151,6 +177,7 @@ REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
     _async_is_alone,
     _async_has_no_outer_step,
     _async_has_no_pool,
+    _async_has_no_periods,
     _exact_is_equal,
 )
 

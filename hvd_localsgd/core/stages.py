@@ -127,12 +127,12 @@ class Drift(Stage):
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """How much of each chunk to look at."""
-        self._elements = sum(block.size for block in blocks)
-        self._share = min(1.0, DRIFT_SAMPLE / max(self._elements, 1))
-        self._distance, self._sampled = 0.0, 0
+        self._share = min(1.0, DRIFT_SAMPLE / max(sum(block.size for block in blocks), 1))
+        self._distance, self._sampled, self._elements = 0.0, 0, 0
 
     def send(self, chunk: Chunk, values: Array) -> Array:
         """A copy of its beginning."""
+        self._elements += chunk.elements
         self._before = np.array(values[: math.ceil(chunk.elements * self._share)])
         return values
 
@@ -147,5 +147,5 @@ class Drift(Stage):
     def squared(self) -> float:
         """|x_k - average|^2 of this sync, estimated where the model is large."""
         squared = self._distance * self._elements / max(self._sampled, 1)
-        self._distance, self._sampled = 0.0, 0
+        self._distance, self._sampled, self._elements = 0.0, 0, 0
         return squared

@@ -105,13 +105,14 @@ class LocalSGDCallback(Recorded, Callback):
         model, optimizers = self.model, keras_state.optimizers(self.model)
         state = keras_state.State(*optimizers)
         averaged = self._averaged()
-        averaged += state.variables if self.settings.optimizer_state == "average" else []
+        every = state.averaged(self.settings.optimizer_state)
+        averaged += [v for v in state.variables if id(v) in every]
         weights = set(map(id, model.trainable_variables))
         # What an engine has compiled is kept from fit to fit.
         if self._memory is None or not self._memory.holds(averaged):
             communicator = devices.get()
             self._memory = assemble.memory(
-                communicator, averaged, self.settings, [v for v in averaged if id(v) not in weights]
+                communicator, averaged, self.settings, [v for v in averaged if id(v) not in weights], every
             )
             self._engine = assemble.engine(
                 self.settings,
@@ -328,7 +329,7 @@ class LocalSGDCallback(Recorded, Callback):
             )
 
 
-def _build(model: keras.Model, optimizer_state: str) -> None:
+def _build(model: keras.Model, optimizer_state: Any) -> None:
     """Make all weights now: Keras may leave that to the first step, too late to give all ranks the same.
 
     Built is what has its variables: a model whose ``train_step`` calls built parts needs no ``call``.

@@ -51,6 +51,23 @@ class State:
             filled = getattr(inner, "_accumulators", [])  # Adagrad's and Ftrl's accumulators do not start at zero
             self._initial |= {id(v): inner.initial_accumulator_value for v in filled}
 
+    def averaged(self, policy: Any) -> dict[int, int]:
+        """Those that are averaged: ``id`` of each, and at every how manieth sync.
+
+        Raises:
+            ValueError: a kind is named that the optimizers do not have.
+        """
+        if not isinstance(policy, dict):
+            return {id(v): 1 for v in self.variables} if policy == "average" else {}
+        every = {}
+        for kind, period in policy.items():
+            own = [v for v in self.variables if v.path.endswith(f"_{kind}")]
+            if not own:
+                paths = ", ".join(v.path for v in self.variables[:6])
+                raise ValueError(f"optimizer_state: no optimizer keeps a {kind!r}. There are: {paths or 'none'}")
+            every |= {id(v): period for v in own}
+        return every
+
     def reset(self) -> None:
         """What the optimizers start with; their iterations and learning-rate schedules go on."""
         for variable in self.variables:

@@ -275,12 +275,13 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         chosen = floats([*self._trainable_variables, *self._statistics])
         averaged = keras_state.selected(self.settings, chosen)
         averaged += floats(keras_state.moving_averages(self.inner_optimizer))
-        averaged += self._state.variables if self.settings.optimizer_state == "average" else []
+        every = self._state.averaged(self.settings.optimizer_state)
+        averaged += [v for v in self._state.variables if id(v) in every]
         weights = set(map(id, self._trainable_variables))
         plain = [v for v in averaged if id(v) not in weights]
         if not hasattr(self, "_memory") or not self._memory.holds(averaged):
             communicator = devices.get()
-            self._memory = assemble.memory(communicator, averaged, self.settings, plain)
+            self._memory = assemble.memory(communicator, averaged, self.settings, plain, every)
             # Who leaves a fit has left it in the middle; a loop of the user's may end without a word, and fit finalizes only
             # the optimizer that the model was compiled with.
             model = frames.caller_argument("fit", "self")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +53,7 @@ class TensorFlowMemory:
     Args:
         averaged: what is averaged, of floating dtype.
         plain: those of them that are statistics, and no weights: they get blocks of their own.
+        every: by ``id``, of those that are not averaged at each sync, how rarely.
         tensors: all as one flat tensor per dtype, as if none could be reached in place.
         on_device: such tensors are not brought to the host: the communicator takes them.
     """
@@ -60,6 +62,7 @@ class TensorFlowMemory:
         self,
         averaged: Sequence[Any],
         plain: Sequence[Any] = (),
+        every: Mapping[int, int] = MappingProxyType({}),
         *,
         tensors: bool = False,
         on_device: bool = False,
@@ -70,13 +73,14 @@ class TensorFlowMemory:
         parts = [Part(variable) for variable in averaged]
         self._probe = min((part for part in parts if part.size), key=lambda part: part.size, default=None)
         apart = set(map(id, plain))
-        groups = [
-            [p for p, v in zip(parts, averaged, strict=True) if (id(v) in apart) == each] for each in (False, True)
-        ]
-        weights, statistics = (_ways(group, tensors or on_device, on_device) for group in groups)
-        self._ways = [*weights, *statistics]
-        self.blocks = [block for way in weights for block in way.blocks]
-        self.blocks += [replace(block, plain=True) for way in statistics for block in way.blocks]
+        kinds = [(id(variable) in apart, every.get(id(variable), 1)) for variable in averaged]
+        self._ways, self.blocks = list[Way](), list[Block]()
+        for kind in sorted(set(kinds)):
+            ways = _ways(
+                [part for part, own in zip(parts, kinds, strict=True) if own == kind], tensors or on_device, on_device
+            )
+            self._ways += ways
+            self.blocks += [replace(block, plain=kind[0], every=kind[1]) for way in ways for block in way.blocks]
         self._lent: Sequence[tf.Tensor] | None = None
         self._write_compiled = tf.function(lambda tensors: self._write(tensors, packed=True), autograph=False)
 
