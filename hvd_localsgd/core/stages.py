@@ -109,8 +109,11 @@ class Finite(Stage):
     def send(self, chunk: Chunk, values: Array) -> Array:
         """Every element is a factor in the product of the chunk's two halves: what is not finite, is not finite there."""
         half = (chunk.elements + 1) // 2
-        product = np.asarray(values[None, :half] @ values[-half:, None]).item()
-        if self.found is None and not math.isfinite(product):
+        if isinstance(values, np.ndarray):
+            product = values[:half].dot(values[-half:])
+        else:
+            product = np.asarray(values[None, :half] @ values[-half:, None]).item()
+        if not math.isfinite(product) and self.found is None:
             self._look_closely(chunk, np.asarray(values))  # finite values may have overflowed
         return values
 

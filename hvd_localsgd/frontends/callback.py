@@ -166,8 +166,11 @@ class LocalSGDCallback(Recorded, Callback):
         self._position = 2.0 * self._epochs_begun
         self._epochs_begun += 1
         self._steps_done = False
-        several = self.model.steps_per_execution > 1 and self.model.optimizer is not None
-        self._updates_before = self._updates_done() if several else 0
+        # What each batch asks for is kept at hand: between steps nothing of ours is in the processor's caches.
+        self._planned, self._several = self.params.get("steps") or sys.maxsize, self.model.steps_per_execution
+        self._counts_batches = self._planned < sys.maxsize or self._several == 1 or self.model.optimizer is None
+        self._updates_before = 0 if self._counts_batches else self._updates_done()
+        self._by_samples, self._watches_loss = self.settings.weighting == "samples", "loss" in self.settings.needs
         self._train_samples = self._validation_samples = 0.0
         self._first_round = len(self.timings)
 
@@ -175,17 +178,23 @@ class LocalSGDCallback(Recorded, Callback):
         """Whatever came before was not computing."""
         self._timings.lap("input")
         self._first_batch = batch
-        if self.settings.weighting == "samples":
+        if self._by_samples:
             self._seen_before = self._samples()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """One local step, or ``steps_per_execution`` of them; a sync if the round is over."""
         engine = self._engine
         self._timings.lap("compute")
-        if "loss" in self.settings.needs:
+        if self._watches_loss:
             self._loss = float((logs or {}).get("loss", math.nan))
-        done = self._batches_done()
-        due = engine.step(done - self._batches, self._step_samples(done - self._batches))
+        # The last execution of several may be a short one, and Keras does not say so.
+        done = (
+            min(self._first_batch + self._several, self._planned)
+            if self._counts_batches
+            else self._updates_this_epoch()
+        )
+        steps = done - self._batches
+        due = engine.step(steps, self._step_samples(steps) if self._by_samples else 0.0)
         if not self._batches:
             self._check_still_the_same()
         self._batches = done
@@ -194,11 +203,7 @@ class LocalSGDCallback(Recorded, Callback):
             self._timings.lap("compute")
             self._synchronise(engine.synchronise)
 
-    def _batches_done(self) -> int:
-        """Of this epoch. The last execution of several may be a short one, and Keras does not say so."""
-        known, several = self.params.get("steps"), self.model.steps_per_execution
-        if known or several == 1 or self.model.optimizer is None:
-            return min(self._first_batch + several, known or sys.maxsize)
+    def _updates_this_epoch(self) -> int:
         return self._updates_done() - self._updates_before
 
     def _updates_done(self) -> int:
@@ -279,8 +284,6 @@ class LocalSGDCallback(Recorded, Callback):
 
     def _step_samples(self, steps: int) -> float:
         """Of the steps just taken: what they added to the count, which others may reset or add to between steps."""
-        if self.settings.weighting == "equal":
-            return 0.0
         return self._samples() - self._seen_before or float(
             steps
         )  # a train_step of its own may not count: then by steps
