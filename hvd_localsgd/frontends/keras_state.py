@@ -59,7 +59,7 @@ class State:
         """
         if not isinstance(policy, dict):
             return {id(v): 1 for v in self.variables} if policy == "average" else {}
-        every = {}
+        every: dict[int, int] = {}
         for kind, period in policy.items():
             own = [v for v in self.variables if v.path.endswith(f"_{kind}")]
             if not own:
