@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hvd_localsgd.communicators.base import Communicator
-from hvd_localsgd.core import protocol, reducers, stages
+from hvd_localsgd.core import guards, protocol, reducers, stages
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.outer import Mean, Outer, OuterStep
 from hvd_localsgd.core.pipeline import Memory, Pipeline
@@ -38,7 +38,7 @@ def memory(
         TypeError: arrays and variables are mixed, or some cannot be averaged.
         ValueError: an array is not contiguous or cannot be written to.
     """
-    outer = not isinstance(settings.outer, Mean)
+    outer = settings.measures_change
     plain = plain if outer else ()  # else all are alike, and go together
     host = outer or settings.variance == "pooled"
     arrays = [isinstance(each, np.ndarray) for each in averaged]
@@ -101,10 +101,15 @@ def engine(
 
 
 def _outer_steps(settings: Settings) -> list[stages.Stage]:
-    if isinstance(settings.outer, Mean):
-        return []
+    """On the way back from the last to the first: the anchor, the outer step, and what the anchor moves to."""
+    steps: list[stages.Stage] = []
     if isinstance(settings.outer, Outer):
-        return [OuterStep(settings.outer)]
-    from hvd_localsgd.backends.tensorflow.outer import KerasOuterStep
+        steps += [] if isinstance(settings.outer, Mean) else [OuterStep(settings.outer)]
+    else:
+        from hvd_localsgd.backends.tensorflow.outer import KerasOuterStep
 
-    return [KerasOuterStep(settings.outer)]
+        steps.append(KerasOuterStep(settings.outer))
+    if settings.guard is None and settings.clip_change is None:
+        return steps
+    anchor = guards.Anchor(settings.clip_change)
+    return [guards.AnchorMoves(anchor), *steps, anchor]

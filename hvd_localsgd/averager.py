@@ -12,7 +12,6 @@ from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.core import settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
-from hvd_localsgd.core.outer import Mean
 from hvd_localsgd.core.pipeline import Memory
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Schedule
@@ -79,9 +78,9 @@ class ModelAverager(Recorded):
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
         """So many local steps were taken, on so many samples; averages if the round is over, and says whether it did."""
         if not self._training:
-            if not isinstance(self.settings.outer, Mean):
+            if self.settings.measures_change:
                 raise RuntimeError(
-                    "The outer step starts from the weights before the first local step: call begin() first, or use with."
+                    "Changes are measured from the weights before the first local step: call begin() first, or use with."
                 )
             self.begin()
         assert self._engine is not None

@@ -129,7 +129,8 @@ class LocalSGD:
         if timings.rounds:  # the first round traces and compiles
             progress.measure(timings.parts["compute"] + timings.parts["input"])
         finite = self._memory.is_finite()
-        own = header.row(engine=self.number, model=self._model, due=due, finite=finite, **progress.fields())
+        norm = self._pipeline.norm() if self._settings.guard is not None else 0.0
+        own = header.row(engine=self.number, model=self._model, due=due, finite=finite, norm=norm, **progress.fields())
         decision = self._coordination.decide(own, progress.last)
         timings.lap("wait")
         progress.stopping = decision.stop

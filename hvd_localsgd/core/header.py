@@ -23,6 +23,7 @@ HEADER = np.dtype(
         ("rate", np.float64),  # the learning rate; NaN: nobody asked, as the next two
         ("loss", np.float64),  # the training loss
         ("remaining", np.float64),  # local steps until the planned end
+        ("norm", np.float64),  # of this rank's change since the last sync; 0: nobody asked
         ("finite", np.bool_),  # no NaN or infinity in this rank's weights
         ("stop", np.bool_),  # this rank wants training to stop
         ("failed", np.bool_),  # this rank has raised an error and is about to end

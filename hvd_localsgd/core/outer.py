@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.core.layout import Array, Block, Chunk
+from hvd_localsgd.core.layout import Array, Block
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Stage
+
+_STRETCH = 1 << 16  # elements
 
 
 class Outer(ABC):
@@ -158,7 +160,6 @@ class OuterStep(Stage):
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """x_old is the common start."""
-        self._plain = [block.plain for block in blocks]
         self._old = [
             np.empty(0, block.wire) if block.plain else np.array(array, block.wire)
             for block, array in zip(blocks, arrays, strict=True)
@@ -170,15 +171,15 @@ class OuterStep(Stage):
         """The rate at this sync."""
         self._rate = now.rate
 
-    def receive(self, chunk: Chunk, values: Array) -> Array:
-        """The average becomes the new weights."""
+    def close(self, arrays: Sequence[Array]) -> None:
+        """The average becomes the new weights, in stretches that stay in cache."""
         assert self._momentum is not None
-        for index, start, stop, offset in chunk.pieces:
-            if not self._plain[index]:
-                old, average = self._old[index][start:stop], values[offset : offset + stop - start]
-                self._rule.step(old, average, self._momentum[index][start:stop], self._rate)
-                old[:] = average
-        return values
+        for index, (old, momentum) in enumerate(zip(self._old, self._momentum, strict=True)):
+            for start in range(0, old.size, _STRETCH):
+                stretch = slice(start, start + _STRETCH)
+                average = np.array(arrays[index][stretch], old.dtype)
+                self._rule.step(old[stretch], average, momentum[stretch], self._rate)
+                arrays[index][stretch] = old[stretch] = average
 
 
 def _positive(name: str, value: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hvd_localsgd.core import huge_pages, layout
+from hvd_localsgd.core.guards import Anchor
 from hvd_localsgd.core.layout import Array, Block
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
@@ -89,6 +90,7 @@ class Pipeline:
         self.reducer: Reducer | None = None
         self._choose = choose
         self._finite, self._drift = Finite(), Drift()
+        self._anchor = next((stage for stage in outer if isinstance(stage, Anchor)), None)
         self._stages: tuple[Stage, ...] = (self._finite, *outer, self._drift, *stages)
 
     def start(self) -> None:
@@ -113,7 +115,7 @@ class Pipeline:
 
         Args:
             weight: this rank's, w_k.
-            ranks: how many have a weight.
+            ranks: how many have a weight; none: what was, stays.
             now: what all ranks know.
         """
         reducer, lap = self.reducer, self.timings.lap
@@ -135,17 +137,25 @@ class Pipeline:
                 lap("communicate")
                 for stage in reversed(self._stages):
                     values = stage.receive(chunk, values)
-                    lap(stage.part)
                 chunk.save(arrays, values)
                 lap("unpack")
-            for stage in reversed(self._stages):
+            if not ranks and self._anchor is not None:
+                self._anchor.restore(arrays)
+            for stage in reversed(self._stages if ranks else ()):
                 stage.close(arrays)
                 lap(stage.part)
         lap("unpack")
-        squared = self._drift.squared() / ranks if weight else 0.0
+        squared = self._drift.squared() / max(ranks, 1) if weight else 0.0
         total = reducer.total(math.nan if self._finite.found else squared)
         lap("communicate")
         return Outcome(math.sqrt(total) if total >= 0 else math.nan, sum(map(reducer.bytes, due)))
+
+    def norm(self) -> float:
+        """Of this rank's change since the last sync, if a guard wants to know."""
+        if self._anchor is None or self.reducer is None:
+            return 0.0
+        with self.memory.open() as arrays:
+            return self._anchor.norm(arrays)
 
     @property
     def unfinite(self) -> str:

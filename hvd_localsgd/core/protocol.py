@@ -34,7 +34,7 @@ class Decision:
     Attributes:
         now: what all ranks know alike, of the local step that the farthest rank has come to.
         average: whether weights are averaged now.
-        weights: of each rank in it, float64; they sum to 1, or nobody took a step.
+        weights: of each rank in it, float64; they sum to 1, or nobody took a step, or a guard has left out all.
         intervals: H of each rank's next round, int64.
         stop: some rank wants training to stop.
         unfinite: ranks whose weights are not finite.
@@ -62,10 +62,14 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
     """
     now = _now(table).after(last)
     now = replace(now, next=_interval(settings, now))
+    weights = _weights(table, settings)
+    if settings.guard is not None and weights.any():
+        weights, tracks = settings.guard.weigh(weights, table["norm"], now.tracks)
+        now = replace(now, tracks=tracks)
     return Decision(
         now=now,
         average=bool(table["due"].any() and table["steps"].any()),
-        weights=_weights(table, settings),
+        weights=weights,
         intervals=_intervals(table, settings, now.next),
         stop=bool(table["stop"].any()),
         unfinite=tuple(int(rank) for rank in np.flatnonzero(~table["finite"])),
@@ -167,8 +171,24 @@ class Together:
             table = exchange(self.communicator, own)
             check_same_place(self.communicator, table, beginning=False)
             if (table["engine"] == own["engine"]).all():
-                return decide(table, self.settings, last)
+                decision = decide(table, self.settings, last)
+                self._say_who_is_left_out(table, decision)
+                return decision
             self._help(table, own)
+
+    def _say_who_is_left_out(self, table: np.ndarray, decision: Decision) -> None:
+        """By a guard; on rank 0."""
+        left_out = (
+            np.flatnonzero((table["steps"] > 0) & (decision.weights == 0)).tolist() if self.settings.guard else []
+        )
+        if decision.average and left_out:
+            names = hosts(self.communicator)
+            if self.communicator.rank == 0:
+                who = ", ".join(f"{where([rank], names)} (norm {table['norm'][rank]:.3g})" for rank in left_out)
+                warnings.warn(
+                    f"guard={self.settings.guard}: left out of the average at local step {decision.now.step}: {who}",
+                    stacklevel=2,
+                )
 
     def _help(self, table: np.ndarray, own: np.ndarray) -> None:
         """A rank that waits for the end of one model takes part in the syncs that others still make of another."""

@@ -36,6 +36,7 @@ class Now:
         first: the first of this training whose loss or rate was known; None: this one.
         fallen: whether the rate was lower at some sync than at the one before.
         last: the one before this.
+        tracks: what a guard keeps of each rank.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Now:
     first: Now | None = None
     fallen: bool = False
     last: Now | None = None
+    tracks: tuple[Any, ...] = ()
 
     def after(self, last: Now | None) -> Now:
         """With what the sync before has left behind."""
@@ -65,7 +67,8 @@ class Now:
             interval=last.next,
             first=last.first or known,
             fallen=fallen,
-            last=replace(last, first=None, last=None),
+            last=replace(last, first=None, last=None, tracks=()),
+            tracks=last.tracks,
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
+from hvd_localsgd.core.guards import as_clip, as_guard
 from hvd_localsgd.core.outer import Mean, as_outer
 from hvd_localsgd.core.schedules import Constant, Schedule, as_schedule
 from hvd_localsgd.core.selection import as_names
@@ -92,6 +93,13 @@ class Settings:
         "``Nesterov(learning_rate, momentum)``; or any Keras optimizer, whose gradient is the change since the last sync.",
     )
 
+    guard: Any = option(
+        None,
+        as_guard,
+        'whose change counts: ``"outliers"`` or ``Outliers(threshold, decay, warm_up)`` leaves a rank out of a round whose change is far '
+        'larger than its changes were; ``"norms"`` weighs ranks less the farther they have moved.',
+    )
+    clip_change: float | None = option(None, as_clip, "the norm that the change of the average may have at most.")
     include: Any = option(
         None,
         as_names,
@@ -124,6 +132,11 @@ class Settings:
         return self.sync_every
 
     @property
+    def measures_change(self) -> bool:
+        """Whether something is made of the change since the last sync."""
+        return not isinstance(self.outer, Mean) or self.guard is not None or self.clip_change is not None
+
+    @property
     def needs(self) -> frozenset[str]:
         """Of rate, loss and what remains, those that somebody looks at."""
         return self.schedule.needs | getattr(self.outer, "needs", frozenset())
@@ -154,6 +167,14 @@ def _async_has_no_periods(chosen: Settings) -> str | None:
     return None
 
 
+def _async_has_no_guard(chosen: Settings) -> str | None:
+    if chosen.mode == "async" and (chosen.guard is not None or chosen.clip_change is not None):
+        return (
+            "mode='async' adds each rank's change as it comes: guard and clip_change need those of all ranks together."
+        )
+    return None
+
+
 def _async_has_no_pool(chosen: Settings) -> str | None:
     if chosen.mode == "async" and chosen.variance == "pooled":
         return "mode='async' adds changes, one rank at a time: variances cannot be pooled."
@@ -177,6 +198,7 @@ REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
     _async_is_alone,
     _async_has_no_outer_step,
     _async_has_no_pool,
+    _async_has_no_guard,
     _async_has_no_periods,
     _exact_is_equal,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 
+from hvd_localsgd.core.guards import Norms, Outliers
 from hvd_localsgd.core.outer import OUTERS, Mean, Nesterov, SlowMo
 from hvd_localsgd.core.schedules import (
     SCHEDULES,
@@ -34,8 +35,10 @@ __all__ = [
     "Mean",
     "Names",
     "Nesterov",
+    "Norms",
     "Now",
     "OneShot",
+    "Outliers",
     "PostLocal",
     "QuadraticSync",
     "Schedule",
@@ -45,5 +48,5 @@ __all__ = [
     "Warmup",
 ]
 
-for _part in (*SCHEDULES, *OUTERS, Names):
+for _part in (*SCHEDULES, *OUTERS, Names, Norms, Outliers):
     keras.saving.register_keras_serializable("hvd_localsgd")(_part)
