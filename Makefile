@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The oldest that is supported: of Python what is there, of TensorFlow and Keras what constraints-oldest.txt says.
 OLDEST := .venv-oldest
-OLDEST_PYTHON ?= $(firstword $(foreach version,3.10 3.11 3.12,$(shell command -v python$(version))) $(PYTHON))
+OLDEST_PYTHON ?= $(shell for version in 3.10 3.11 3.12; do python$$version -c 'import ensurepip' 2>/dev/null && \
+  echo python$$version && exit; done; echo $(PYTHON))
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo test test-fast test-oldest horovod clean
@@ -22,7 +23,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m hvd_localsgd.tools.build_kernel || echo 'NO KERNEL: its tests are skipped'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=20
 	$(MAKE) test-oldest
 
 # With MPICH, where the other environment has Open MPI.
