@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The oldest that is supported: of Python what is there, of TensorFlow and Keras what constraints-oldest.txt says.
 OLDEST := .venv-oldest
-OLDEST_PYTHON ?= $(shell for version in 3.10 3.11 3.12; do python$$version -c 'import ensurepip' 2>/dev/null && \
-  echo python$$version && exit; done; echo $(PYTHON))
+OLDEST_PYTHON ?= $(shell for version in 3.10 3.11 3.12; do \
+  for python in python$$version $$HOME/.pyenv/versions/$$version.*/bin/python$$version; do \
+  $$python -c 'import ensurepip' 2>/dev/null && echo $$python && exit; done; done; echo $(PYTHON))
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo test test-fast test-oldest horovod clean
@@ -31,11 +32,14 @@ test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/hvd-localsgd run -np 2 $(OLDEST)/bin/pytest -q --color=no -m "not alone and not layouts" \
 	  tests/collective/test_callback.py tests/collective/test_optimizer.py tests/collective/test_saving.py
 
-# Everything that one process can show, then the parts and a front end on two ranks.
+# What one process can show of the parts and the front ends, then the parts and a front end on two ranks.
 test-fast: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/collective tests/test_decide.py tests/test_wings.py
+	$(BIN)/python -m pytest -q tests/test_decide.py tests/test_guards.py tests/test_schedules.py tests/test_wings.py \
+	  tests/collective/test_averager.py tests/collective/test_callback.py tests/collective/test_guards.py \
+	  tests/collective/test_optimizer.py tests/collective/test_outer.py tests/collective/test_parts.py \
+	  tests/collective/test_settings.py
 	$(BIN)/hvd-localsgd run -np 2 $(BIN)/pytest -q --color=no -m "not layouts" \
 	  tests/collective/test_parts.py tests/collective/test_averager.py tests/collective/test_callback.py
 
