@@ -17,7 +17,7 @@ class Stage:
     """May change values in place, and returns what goes on. What it keeps, it keeps by block: chunk sizes are measured.
 
     Attributes:
-        part: of a round's time, what its way back is counted as.
+        part: of a round's time, what its ``close`` is counted as.
     """
 
     part = "unpack"

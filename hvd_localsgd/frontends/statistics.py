@@ -44,6 +44,9 @@ def refresh_statistics(model: keras.Model, data: Iterable[Any], batches: int = 1
             means = np.concatenate([[1.0], *(layer.moving_mean.numpy() for layer in layers)])
             variances = np.concatenate([[0.0], *(layer.moving_variance.numpy() for layer in layers)])[1:]
             sums += np.concatenate([means, variances + means[1:].astype(np.float64) ** 2])
+        devices.get().allreduce(sums)
+        if not sums[0]:
+            raise ValueError("No rank has a batch to estimate statistics from.")
     except BaseException:
         for variable, value in before:
             variable.assign(value)
@@ -51,12 +54,7 @@ def refresh_statistics(model: keras.Model, data: Iterable[Any], batches: int = 1
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-    devices.get().allreduce(sums)
     total, (means, seconds) = sums[0], np.split(sums[1:], 2)
-    if not total:
-        for variable, value in before:
-            variable.assign(value)
-        raise ValueError("No rank has a batch to estimate statistics from.")
     place = 0
     for layer in layers:
         own = slice(place, place := place + int(np.prod(layer.moving_mean.shape)))
