@@ -10,6 +10,8 @@ OLDEST := .venv-oldest
 OLDEST_PYTHON ?= $(shell for version in 3.10 3.11 3.12; do \
   for python in python$$version $$HOME/.pyenv/versions/$$version.*/bin/python$$version; do \
   $$python -c 'import ensurepip' 2>/dev/null && echo $$python && exit; done; done; echo $(PYTHON))
+# Tests that start no ranks, or one process that does little: two at a time. The others have the cores to themselves.
+ONE_PROCESS := tests/collective tests/test_decide.py tests/test_docs.py tests/test_guards.py tests/test_schedules.py tests/test_wings.py
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo test test-fast test-oldest horovod clean
@@ -24,7 +26,8 @@ test: $(VENV)/ready
 	$(BIN)/python -m hvd_localsgd.tools.build_kernel || echo 'NO KERNEL: its tests are skipped'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q --durations=20
+	$(BIN)/python -m pytest -q -n 2 $(ONE_PROCESS)
+	$(BIN)/python -m pytest -q --durations=20 $(addprefix --ignore=,$(ONE_PROCESS))
 	$(MAKE) $(OLDEST)/ready || echo 'NO OLDEST TENSORFLOW (it needs Python 3.10 to 3.12): its tests are skipped'
 	test ! -e $(OLDEST)/ready || $(MAKE) test-oldest
 

@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 
 from hvd_localsgd.communicators.base import Communicator
-from hvd_localsgd.core import guards, protocol, reducers, stages
+from hvd_localsgd.core import compression, guards, protocol, reducers, stages
+from hvd_localsgd.core.codecs import CODECS
+from hvd_localsgd.core.compression import Encoded
 from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.groups import Grouped
+from hvd_localsgd.core.layout import Kind
 from hvd_localsgd.core.outer import Mean, Outer, OuterStep
+from hvd_localsgd.core.overlap import Overlapped
 from hvd_localsgd.core.pipeline import Memory, Pipeline
-from hvd_localsgd.core.reducers import Reducer
+from hvd_localsgd.core.reducers import Library, Reducer, Ring
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.timing import Timings
 
@@ -38,14 +43,12 @@ def memory(
         TypeError: arrays and variables are mixed, or some cannot be averaged.
         ValueError: an array is not contiguous or cannot be written to.
     """
-    outer = settings.measures_change
-    plain = plain if outer else ()  # else all are alike, and go together
-    host = outer or settings.variance == "pooled"
+    kinds = _kinds(averaged, settings, plain, every)
     arrays = [isinstance(each, np.ndarray) for each in averaged]
     if arrays and all(arrays):
         from hvd_localsgd.backends.numpy import NumpyMemory
 
-        return NumpyMemory(averaged, plain)
+        return NumpyMemory(averaged, kinds)
     if any(arrays):
         raise TypeError("Give numpy arrays, or variables of TensorFlow or Keras, but not both.")
     from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
@@ -57,7 +60,25 @@ def memory(
             raise TypeError(
                 f"Only variables of a floating dtype can be averaged. Received: variable {number} of {variable.dtype}"
             )
-    return TensorFlowMemory(averaged, plain, every, on_device=communicator.takes_tensors and not host)
+    return TensorFlowMemory(averaged, kinds, on_device=communicator.takes_tensors and not settings.parts_weights)
+
+
+def _kinds(
+    averaged: Sequence[Any], settings: Settings, plain: Sequence[Any], every: Mapping[int, int]
+) -> dict[int, Kind]:
+    """By ``id``; all alike, and together, if nothing is made of the difference."""
+    apart = set(map(id, plain)) if settings.parts_weights else set()
+    kinds = {}
+    for variable in averaged:
+        own = id(variable)
+        size = int(np.prod(variable.shape))
+        exact = settings.compression is not None and (own in apart or size < compression.SMALL or _is_double(variable))
+        kinds[own] = Kind(own in apart, exact, every.get(own, 1))
+    return kinds
+
+
+def _is_double(variable: Any) -> bool:
+    return "float64" in str(variable.dtype)
 
 
 def engine(
@@ -86,6 +107,7 @@ def engine(
     if settings.variance == "pooled" and pairs:
         outer.append(stages.PooledVariance([(memory.place(mean), memory.place(variance)) for mean, variance in pairs]))
     alone = settings.mode == "async" and communicator.size > 1
+    through = _Channels(communicator, settings)
 
     def choose(payload: int) -> Reducer | None:
         if communicator.size == 1:
@@ -93,11 +115,55 @@ def engine(
         if reducer is not None:
             return reducer(communicator)
         fastest = reducers.fastest(communicator, payload)
-        return reducers.OneSided(communicator, fastest.chunk_bytes) if alone else fastest
+        if alone:
+            return reducers.OneSided(communicator, fastest.chunk_bytes)
+        return through.reducer(fastest)
 
     coordination = (protocol.Alone if alone else protocol.Together)(communicator, settings)
-    pipeline = Pipeline(memory, choose, outer, [stages.Progress()] if alone else [], timings)
+    more: list[stages.Stage] = [stages.Progress()] if alone else []
+    if settings.compression is not None and communicator.size > 1:
+        more.append(guards.Change(next(stage for stage in outer if isinstance(stage, guards.Anchor))))
+    kind = Overlapped if settings.overlap else Pipeline
+    pipeline = kind(memory, choose, outer, more, timings, settings.fragments)
     return LocalSGD(settings, communicator, coordination, pipeline, timings, finish_at_exit)
+
+
+class _Channels:
+    """The reducer that the settings ask for, and the communicators that it needs, which are made once for each set of ranks."""
+
+    def __init__(self, communicator: Communicator, settings: Settings) -> None:
+        self._communicator, self._settings = communicator, settings
+        self._made: dict[Any, Communicator] = {}
+
+    def reducer(self, fastest: Library) -> Reducer:
+        """Around the kind that was measured to be the fastest (collective)."""
+        settings, communicator = self._settings, self._communicator
+        kind = type(fastest)
+        if settings.overlap:
+            communicator = self._part(communicator, [range(communicator.size)])
+            communicator.gentle = True
+            kind = Library if communicator.takes_tensors else Ring  # whose messages can be waited for gently
+        plain = kind(communicator, fastest.chunk_bytes)
+        if settings.groups is None:
+            return self._encoded(communicator, plain)
+        groups = settings.groups.of_ranks(communicator)
+        first = [group[0] for group in groups]
+        inside = self._part(communicator, groups)
+        across = self._part(communicator, [first, *([rank] for rank in range(communicator.size) if rank not in first)])
+        leaders = self._encoded(across, kind(across, fastest.chunk_bytes))
+        return Grouped(communicator, type(plain)(inside, fastest.chunk_bytes), leaders, communicator.rank in first)
+
+    def _encoded(self, communicator: Communicator, plain: Library) -> Reducer:
+        if self._settings.compression is None:
+            return plain
+        codec = CODECS[self._settings.compression]
+        return Encoded(communicator, codec, plain, compression.WARM_UP * self._settings.fragments)
+
+    def _part(self, communicator: Communicator, groups: Sequence[Sequence[int]]) -> Communicator:
+        key = communicator.size, id(communicator), tuple(map(tuple, groups))
+        if key not in self._made:
+            self._made[key] = communicator.subgroup(groups)
+        return self._made[key]
 
 
 def _outer_steps(settings: Settings) -> list[stages.Stage]:
@@ -109,7 +175,7 @@ def _outer_steps(settings: Settings) -> list[stages.Stage]:
         from hvd_localsgd.backends.tensorflow.outer import KerasOuterStep
 
         steps.append(KerasOuterStep(settings.outer))
-    if settings.guard is None and settings.clip_change is None:
+    if not settings.has_anchor:
         return steps
     anchor = guards.Anchor(settings.clip_change)
     return [guards.AnchorMoves(anchor), *steps, anchor]

@@ -89,7 +89,7 @@ class ModelAverager(Recorded):
             self._timings.lap("compute")
             self._check_told(self.settings.needs)
             self._engine.tell(**self._told)
-            self._engine.synchronise()
+            self._engine.proceed()
         return due
 
     def tell(self, **known: float) -> None:

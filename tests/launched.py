@@ -51,7 +51,20 @@ def mpirun(
     """Run a Python program on so many ranks; each line of the output is tagged with its rank."""
     line, defaults = launch.command(ranks, [sys.executable, *program])
     line[1:1] = ["--tag-output", *options]
-    return start(line, timeout, {**defaults, **(environment or {})})
+    result = start(line, timeout, {**defaults, **(environment or {})})
+    return Result(result.status, whole_lines(result.output))
+
+
+_TAG = re.compile(r"(\[1,\d+\]<std(?:out|err)>:)")
+
+
+def whole_lines(output: str) -> str:
+    """What mpirun tagged, one rank's stream after the other: what a rank writes in pieces others come between."""
+    before, *pieces = _TAG.split(output)
+    streams: dict[str, str] = {}
+    for tag, piece in zip(pieces[::2], pieces[1::2], strict=True):
+        streams[tag] = streams.get(tag, "") + piece
+    return before + "".join(f"{tag}{line}\n" for tag, text in streams.items() for line in text.splitlines())
 
 
 def assert_all_pass(launcher: Callable[..., Result], ranks: int, folder: Path, *selection: str, **arguments) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_localsgd.core import header, protocol
+from hvd_localsgd.core.groups import Groups
 from hvd_localsgd.core.schedules import Growing, Now
 from hvd_localsgd.core.settings import Settings
 
@@ -15,7 +16,9 @@ RANK = st.fixed_dictionaries(
     {
         "model": st.just(7),
         "position": st.sampled_from([0.0, 1.0, 2.0, np.inf]),
+        "group": st.integers(0, 3),
         "steps": st.integers(0, 1000),
+        "before": st.one_of(st.just(0), st.integers(0, 1000)),
         "total": st.integers(0, 10**6),
         "samples": st.floats(0, 1e9),
         "due": st.booleans(),
@@ -26,7 +29,16 @@ RANK = st.fixed_dictionaries(
         "loss": st.one_of(st.just(np.nan), st.floats(-1e9, 1e9)),
     }
 )
-TABLES = st.lists(RANK, min_size=1, max_size=64).map(lambda rows: np.stack([header.row(**row) for row in rows]))
+
+
+def table_of(rows):
+    """Their headers; ``before``: steps of earlier rounds that are not in all of the averages yet."""
+    rows = [{"before": 0, **row} for row in rows]
+    recent = [(row.pop("before") + row["steps"], row.get("samples", 0.0)) for row in rows]
+    return np.stack([header.row(**row, recent=n, recent_samples=m) for row, (n, m) in zip(rows, recent, strict=True)])
+
+
+TABLES = st.lists(RANK, min_size=1, max_size=64).map(table_of)
 SETTINGS = st.builds(
     Settings,
     st.one_of(st.integers(1, 100), st.builds(Growing, st.floats(0.1, 10))),
@@ -39,12 +51,53 @@ SETTINGS = st.builds(
 def test_weights_sum_to_one_or_nobody_steps_and_who_did_not_step_has_none(table, settings):
     decision = protocol.decide(table, settings)
     assert (decision.weights >= 0).all()
-    assert (decision.weights[table["steps"] == 0] == 0).all()
-    if table["steps"].any():
+    assert (decision.weights[table["recent"] == 0] == 0).all()
+    if table["recent"].any():
         assert decision.weights.sum() == pytest.approx(1, abs=1e-9)
     else:
         assert not decision.weights.any()
         assert not decision.average
+
+
+@given(TABLES, st.sampled_from(["equal", "samples"]), st.integers(0, 20), st.integers(2, 5))
+def test_groups_weigh_their_own_ranks_until_all_meet(table, weighting, rounds, every):
+    settings = Settings(5, weighting=weighting, groups=Groups("node", every))
+    table["position"] = 0.0
+    decision = protocol.decide(table, settings, Now(0, round=rounds))
+    assert decision.now.world == ((rounds + 1) % every == 0)
+    groups = [table["group"] >= 0] if decision.now.world else [table["group"] == each for each in set(table["group"])]
+    counted = table["recent" if decision.now.world else "steps"] > 0
+    for group in groups:
+        if counted[group].any():
+            assert decision.weights[group].sum() == pytest.approx(1, abs=1e-9)
+            assert (decision.weights[group & ~counted] == 0).all()
+        elif not decision.now.world:
+            np.testing.assert_allclose(decision.weights[group], 1 / group.sum())
+    table["position"] = 1.0  # all have come further, to an epoch's end perhaps
+    assert protocol.decide(table, settings, Now(0, round=rounds)).now.whole
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 100))
+def test_every_fragment_has_its_turn_once_in_h_steps_wherever_training_begins(fragments, interval, start):
+    settings = Settings(interval, fragments=fragments)
+
+    def syncs(step, until):
+        """The fragments at each step that is a sync's."""
+        last, found = protocol.decide(table_of([{"total": step, "steps": 0}]), settings).now, {}
+        while last.step < until:
+            assert last.next >= 1
+            step = last.step + last.next
+            last = protocol.decide(table_of([{"total": step, "steps": last.next, "due": True}]), settings, last).now
+            found[step] = sorted(last.parts)
+        return found
+
+    found = syncs(start, start + 3 * interval)
+    for first in range(start, start + 2 * interval):
+        turns = [part for step, parts in found.items() if first < step <= first + interval for part in parts]
+        assert sorted(turns) == list(range(fragments))
+    resumed = min(found)
+    later = syncs(resumed, start + 3 * interval)
+    assert later == {step: parts for step, parts in found.items() if step > resumed}
 
 
 @given(TABLES, SETTINGS, st.randoms())
@@ -92,7 +145,7 @@ def test_by_hand():
             "stop": True,
         },
     ]
-    table = np.stack([header.row(**row) for row in rows])
+    table = table_of(rows)
     decision = protocol.decide(table, Settings(10, weighting="samples", interval="balanced"))
     assert decision.weights.tolist() == [0.75, 0.25, 0.0]
     # Speeds 10, 5 and 10 steps a second: 10 on average take 10 / (25 / 3) = 1.2 s, six steps of the slowest.

@@ -13,7 +13,7 @@ NORMS = st.lists(st.floats(0, 1e30), min_size=1, max_size=16)
 
 
 def table(norms, steps=1):
-    return np.stack([header.row(steps=steps, norm=norm, finite=True, due=True) for norm in norms])
+    return np.stack([header.row(steps=steps, recent=steps, norm=norm, finite=True, due=True) for norm in norms])
 
 
 def syncs(guard, rounds):
@@ -42,7 +42,7 @@ def test_the_farther_the_less(norms):
 
 def test_a_rank_without_steps_has_no_weight():
     rows = table([1.0, 2.0, 3.0])
-    rows["steps"][0] = 0
+    rows["steps"][0] = rows["recent"][0] = 0
     for guard in ("norms", lsgd.Outliers(warm_up=1)):
         weights = protocol.decide(rows, Settings(1, guard=guard)).weights
         assert weights[0] == 0
@@ -76,8 +76,8 @@ def test_nobody_is_left_out_before_the_warm_up():
     [
         ({"guard": "nobody"}, r"guard must be None, one of .* Received: 'nobody'"),
         ({"clip_change": 0}, "clip_change must be a norm > 0, or None. Received: 0"),
-        ({"guard": "norms", "mode": "async"}, "need those of all ranks together"),
-        ({"clip_change": 1.0, "mode": "async"}, "need those of all ranks together"),
+        ({"guard": "norms", "mode": "async"}, "changes of all ranks are never there together"),
+        ({"clip_change": 1.0, "mode": "async"}, "changes of all ranks are never there together"),
     ],
 )
 def test_nonsense_is_refused_in_words(options, words):

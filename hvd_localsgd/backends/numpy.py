@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from hvd_localsgd.core import agreement
-from hvd_localsgd.core.layout import Block
+from hvd_localsgd.core.layout import Block, Kind
 
 
 class NumpyMemory:
@@ -17,14 +19,14 @@ class NumpyMemory:
 
     Args:
         arrays: what is averaged: contiguous, writable, of a floating dtype; float16 travels as float32.
-        plain: those of them that are statistics, and no weights.
+        kinds: by ``id``, of those that are not ordinary weights, what they are.
 
     Raises:
         ValueError: an array is not contiguous or cannot be written to.
         TypeError: an array is not of a floating dtype.
     """
 
-    def __init__(self, arrays: Sequence[np.ndarray], plain: Sequence[np.ndarray] = ()) -> None:
+    def __init__(self, arrays: Sequence[np.ndarray], kinds: Mapping[int, Kind] = MappingProxyType({})) -> None:
         for number, array in enumerate(arrays):
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise ValueError(
@@ -37,9 +39,9 @@ class NumpyMemory:
         self._arrays = list(arrays)
         self.prepare((), lambda: None)
         wires = [np.dtype(np.float64 if array.dtype == np.float64 else np.float32) for array in arrays]
-        apart = set(map(id, plain))
         self.blocks = [
-            Block(a.size, wire, a.dtype == wire, id(a) in apart) for a, wire in zip(arrays, wires, strict=True)
+            Block(a.size, wire, a.dtype == wire, **asdict(kinds.get(id(a), Kind())))
+            for a, wire in zip(arrays, wires, strict=True)
         ]
 
     def prepare(self, start: Sequence[np.ndarray], reset_state: Callable[[], None]) -> None:

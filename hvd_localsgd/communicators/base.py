@@ -64,6 +64,7 @@ class Communicator(ABC):
     local_rank: int
     local_size: int
     host: str
+    gentle = False  # whether waiting gives the core to others also in the middle of messages: for a thread beside one that computes
     takes_tensors = False  # whether ``allreduce`` takes tensors too, and would rather have them: they may be on a GPU
 
     @abstractmethod
@@ -81,6 +82,19 @@ class Communicator(ABC):
     def sendrecv(self, values: np.ndarray, to: int, received: np.ndarray, source: int) -> None:
         """Send ``values`` to one rank and fill ``received`` from another. Not collective."""
         raise CommunicatorError(f"communicator {self.name!r} has no messages from rank to rank. Use 'mpi'.")
+
+    def alltoall(self, parts: np.ndarray, received: np.ndarray) -> None:
+        """Row k goes to rank k, and row k comes from it. Both of shape (size, bytes), uint8; a rank's own row stays as it is."""
+        for step in range(1, self.size):
+            to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
+            self.sendrecv(parts[to], to, received[source], source)
+
+    def allgather(self, part: np.ndarray, received: np.ndarray) -> None:
+        """Every rank's ``part``, of equally many bytes (uint8), by rank: ``received`` is of shape (size, bytes)."""
+        received[self.rank] = part
+        for step in range(1, self.size):
+            to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
+            self.sendrecv(part, to, received[source], source)
 
     @abstractmethod
     def broadcast(self, array: np.ndarray) -> None:

@@ -85,6 +85,21 @@ class HorovodCommunicator(Communicator):
         ends = np.cumsum(lengths)
         return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
 
+    def alltoall(self, parts: np.ndarray, received: np.ndarray) -> None:
+        """Horovod's, of equal parts."""
+        with self._tf.device("/CPU:0"):
+            name = f"hvd_localsgd.alltoall.{self._set.process_set_id}"
+            came = self._hvd.alltoall(self._tf.constant(parts.reshape(-1)), name=name, process_set=self._set)
+            received[:] = (
+                came[0].numpy().reshape(received.shape)
+                if isinstance(came, tuple | list)
+                else came.numpy().reshape(received.shape)
+            )
+
+    def allgather(self, part: np.ndarray, received: np.ndarray) -> None:
+        """Horovod's."""
+        received[:] = self._allgather(part, "parts").reshape(received.shape)
+
     def restrict(self, groups: Sequence[Sequence[int]]) -> None:
         """Horovod's process sets, of ranks of the whole job."""
         own = self._hvd.rank()

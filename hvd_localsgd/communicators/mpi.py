@@ -20,6 +20,7 @@ from hvd_localsgd.errors import CommunicatorError
 
 _SPIN_SECONDS = 2e-3
 _LONGEST_PAUSE = 1e-3
+_GENTLE_SECONDS = 3e-4
 _ANSWER_SECONDS = 5e-4
 STALL_SECONDS = float(os.environ.get("HVD_LOCALSGD_STALL_WARNING", "60"))  # of waiting, until it is said for whom
 
@@ -130,8 +131,13 @@ class MPICommunicator(Communicator):
         return values
 
     def sendrecv(self, values: np.ndarray, to: int, received: np.ndarray, source: int) -> None:
-        """MPI_Sendrecv."""
-        self._comm.Sendrecv(values, to, recvbuf=received, source=source)
+        """MPI_Sendrecv; or its two halves, polled."""
+        if not self.gentle:
+            self._comm.Sendrecv(values, to, recvbuf=received, source=source)
+            return
+        requests = [self._comm.Irecv(received, source), self._comm.Isend(values, to)]
+        while not self._mpi.Request.Testall(requests):
+            time.sleep(_GENTLE_SECONDS)
 
     def broadcast(self, array: np.ndarray) -> None:
         """MPI_Bcast of the raw bytes (MPI knows no bfloat16), in pieces below MPI's 2^31 limit."""

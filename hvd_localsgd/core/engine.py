@@ -45,6 +45,8 @@ class LocalSGD:
         self.progress = Progress()  # for front ends, to be read
         self._settings, self._coordination, self._timings = settings, coordination, timings
         self._pipeline, self._memory = pipeline, pipeline.memory
+        self._sent: Decision | None = None  # what is on its way
+        self._failed: Decision | None = None  # what arrived and is not finite
 
     def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
         """The same start everywhere: all ranks agree on what will be sent, then get rank 0's values.
@@ -64,15 +66,25 @@ class LocalSGD:
             self._pipeline.start()
             self._coordination.start()
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
-        self.progress.begin(int(table["total"][0]), decision.now, int(decision.intervals[0]))
+        parts = self._settings.fragments
+        self.progress.begin(int(table["total"][0]), decision.now, int(decision.intervals[0]), parts)
+        self._sent, self._failed, self._landed = None, None, Outcome()
         self._timings.begin(self.communicator.rank)
         return moved
 
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
-        """``steps`` more local steps were taken, on so many samples; whether the round is over."""
+        """``steps`` more local steps were taken, on so many samples; whether it is time to ``proceed``."""
         self.progress.steps += steps
         self.progress.samples += samples
-        return self.progress.steps >= self.progress.interval
+        return self.progress.steps >= self.progress.next_step
+
+    def proceed(self) -> list[bytes]:
+        """The round is over: a sync; or the average that was on its way is taken, and the round goes on."""
+        if self.progress.steps >= self.progress.interval:
+            return self.synchronise()
+        with failures.together(self):
+            self._land()
+        return []
 
     def synchronise(self, message: bytes = b"", due: bool = True) -> list[bytes]:
         """One sync: header, decision, average. Every rank must call it.
@@ -88,9 +100,11 @@ class LocalSGD:
             RankFailed: on all ranks alike, if one of them has failed or holds weights that are not finite.
         """
         with self._coordination.together(self):
+            self._land()
             decision = self._decide(due)
             if decision.average:
-                self._record(self.progress.interval, self._average(decision))
+                self._average(decision)
+                self._record(self.progress.interval, decision.staleness)
                 self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
             return self._exchange_messages(decision, message)
 
@@ -109,7 +123,7 @@ class LocalSGD:
             self._coordination.meet_all()
             self._timings.lap("wait")
             self._pipeline.finish()
-            self._record(0, Outcome())
+            self._record(0)
             entries = self.communicator.gather(json.dumps(self._timings.sums()).encode())
             self._timings.totals = [json.loads(entry) for entry in entries]
         failures.end(self)
@@ -133,23 +147,41 @@ class LocalSGD:
         own = header.row(engine=self.number, model=self._model, due=due, finite=finite, norm=norm, **progress.fields())
         decision = self._coordination.decide(own, progress.last)
         timings.lap("wait")
+        if self._failed is not None:  # the average before this one: now all ranks are here to hear of it
+            self._refuse_average(self._failed)
         progress.stopping = decision.stop
         return decision
 
-    def _average(self, decision: Decision) -> Outcome:
+    def _average(self, decision: Decision) -> None:
         if decision.unfinite:
             self._coordination.refuse(decision)
-            return Outcome(drift=math.nan)
+            self._landed = Outcome(drift=math.nan)
+            return
         weight = float(decision.weights[self._coordination.place])
-        outcome = self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now)
-        if not math.isfinite(outcome.drift):
-            self._coordination.refuse_average(decision, self._pipeline.unfinite)
-        self._memory.settle()
-        self._timings.lap("outer")
-        self.progress.measure_sync(
-            sum(self._timings.parts[part] for part in ("pack", "communicate", "unpack", "outer"))
-        )
-        return replace(outcome, staleness=decision.staleness)
+        self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now)
+        self._sent, self.progress.landing = decision, self._settings.overlap
+        if (
+            not self._settings.overlap or self.progress.position > self.progress.reached
+        ):  # whoever comes next sees the average
+            self._land()
+            if self._failed is not None:
+                self._refuse_average(self._failed)
+        timings = self._timings.parts
+        self.progress.measure_sync(sum(timings[part] for part in ("pack", "communicate", "unpack", "outer")))
+
+    def _land(self) -> None:
+        """The average that was sent, if any was, is here, or is waited for."""
+        if (sent := self._sent) is None:
+            return
+        self._landed, self._sent, self.progress.landing = self._pipeline.land(), None, 0
+        if math.isfinite(self._landed.drift):
+            self._memory.settle()
+            self._timings.lap("outer")
+        else:
+            self._failed = sent
+
+    def _refuse_average(self, decision: Decision) -> None:
+        self._coordination.refuse_average(decision, self._pipeline.unfinite)
 
     def _exchange_messages(self, decision: Decision, message: bytes) -> list[bytes]:
         progress = self.progress
@@ -160,7 +192,8 @@ class LocalSGD:
         self._timings.lap("communicate")
         return messages
 
-    def _record(self, interval: int, outcome: Outcome) -> None:
-        who = self.communicator
+    def _record(self, interval: int, staleness: int = 0) -> None:
+        who, outcome = self.communicator, replace(self._landed, staleness=staleness)
         facts = {"interval": interval, **self.progress.round(), **asdict(outcome)}
         self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
+        self._landed = Outcome()

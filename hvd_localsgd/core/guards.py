@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.core.layout import Array, Block
+from hvd_localsgd.core.layout import Array, Block, Chunk, Stretch
+from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Stage
 
 Track = tuple[float, float, int]  # mean and variance of a rank's norms, exponentially weighted, and of how many
@@ -147,23 +148,34 @@ class Anchor(Stage):
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """The common start."""
-        self._blocks = [index for index, block in enumerate(blocks) if not block.plain]
         self.old = [np.array(array, block.wire) for block, array in zip(blocks, arrays, strict=True)]
+        self._weights = [(index, 0, block.size) for index, block in enumerate(blocks) if not block.plain]
 
-    def norm(self, arrays: Sequence[Array]) -> float:
-        """Of the change since, of weights alone."""
-        return math.sqrt(math.fsum(_squared(arrays[index], self.old[index]) for index in self._blocks))
+    def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
+        """An average inside a group leaves the anchor where it is."""
+        self.holds = not now.world
+
+    def norm(self, arrays: Sequence[Array], stretches: Sequence[Stretch] | None = None) -> float:
+        """Of the change since, of weights alone; of all of them if ``stretches`` is None."""
+        own = self._weights if stretches is None else self._of_weights(stretches)
+        return math.sqrt(math.fsum(_squared(arrays[i][a:b], self.old[i][a:b]) for i, a, b in own))
+
+    def _of_weights(self, stretches: Sequence[Stretch]) -> list[Stretch]:
+        weights = {index for index, _, _ in self._weights}
+        return [stretch for stretch in stretches if stretch[0] in weights]
 
     def restore(self, arrays: Sequence[Array]) -> None:
         """What was, stays."""
         for array, old in zip(arrays, self.old, strict=True):
             array[:] = old
 
-    def close(self, arrays: Sequence[Array]) -> None:
+    def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
         """Shortens the change if it is too long."""
-        if self._clip is not None and (norm := self.norm(arrays)) > self._clip:
-            for index in self._blocks:
-                arrays[index][:] = self.old[index] + (arrays[index] - self.old[index]) * (self._clip / norm)
+        if self._clip is None or self.holds or (norm := self.norm(arrays, averaged)) <= self._clip:
+            return
+        for index, start, stop in self._of_weights(averaged):
+            old, array = self.old[index][start:stop], arrays[index][start:stop]
+            array[:] = old + (array - old) * (self._clip / norm)
 
 
 class AnchorMoves(Stage):
@@ -174,10 +186,29 @@ class AnchorMoves(Stage):
     def __init__(self, anchor: Anchor) -> None:
         self._anchor = anchor
 
-    def close(self, arrays: Sequence[Array]) -> None:
+    def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
         """For the next sync."""
-        for old, array in zip(self._anchor.old, arrays, strict=True):
-            old[:] = array
+        for index, start, stop in () if self._anchor.holds else averaged:
+            self._anchor.old[index][start:stop] = arrays[index][start:stop]
+
+
+class Change(Stage):
+    """x_k - x_old goes out, where it is compressed, and is added to x_old when it comes back."""
+
+    def __init__(self, anchor: Anchor) -> None:
+        self._anchor = anchor
+
+    def send(self, chunk: Chunk, values: Array) -> Array:
+        """The change."""
+        for index, start, stop, offset in () if chunk.exact else chunk.pieces:
+            values[offset : offset + stop - start] -= self._anchor.old[index][start:stop]
+        return values
+
+    def receive(self, chunk: Chunk, values: Array) -> Array:
+        """All ranks have the same x_old, and so the same sum."""
+        for index, start, stop, offset in () if chunk.exact else chunk.pieces:
+            values[offset : offset + stop - start] += self._anchor.old[index][start:stop]
+        return values
 
 
 def _squared(array: Array, old: np.ndarray) -> float:

@@ -13,9 +13,15 @@ HEADER = np.dtype(
         ("engine", np.int64),  # which of the engines on this communicator, in the order in which they were made
         ("model", np.uint64),  # fingerprint of what is averaged and how
         ("position", np.float64),  # how far this rank is (progress.py); inf: it has finished
+        ("group", np.int64),  # which of the groups of ranks this one belongs to
         ("steps", np.int64),  # local steps since the last sync
         ("total", np.int64),  # local steps since training began
         ("samples", np.float64),  # samples those steps saw
+        (
+            "recent",
+            np.int64,
+        ),  # local steps that are not in all of the model's averages yet: more, with fragments or groups
+        ("recent_samples", np.float64),  # likewise
         ("due", np.bool_),  # this rank's round is over, or has to end here
         ("pace", np.float64),  # seconds of a local step, lately; 0: not known yet
         ("sync", np.float64),  # seconds of a sync, lately, without waiting; 0: not known yet

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.core.layout import Array, Block
+from hvd_localsgd.core.layout import Array, Block, Stretch
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Stage
 
@@ -168,18 +168,21 @@ class OuterStep(Stage):
             self._momentum = [np.zeros_like(old) for old in self._old]
 
     def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
-        """The rate at this sync."""
-        self._rate = now.rate
+        """The rate at this sync; an average inside a group is no more than that."""
+        self._rate, self._rests = now.rate, not now.world
 
-    def close(self, arrays: Sequence[Array]) -> None:
+    def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
         """The average becomes the new weights, in stretches that stay in cache."""
         assert self._momentum is not None
-        for index, (old, momentum) in enumerate(zip(self._old, self._momentum, strict=True)):
-            for start in range(0, old.size, _STRETCH):
-                stretch = slice(start, start + _STRETCH)
+        for index, first, last in averaged:
+            if self._rests or not self._old[index].size:
+                continue
+            for start in range(first, last, _STRETCH):
+                stretch = slice(start, min(start + _STRETCH, last))
+                old = self._old[index][stretch]
                 average = np.array(arrays[index][stretch], old.dtype)
-                self._rule.step(old[stretch], average, momentum[stretch], self._rate)
-                arrays[index][stretch] = old[stretch] = average
+                self._rule.step(old, average, self._momentum[index][stretch], self._rate)
+                arrays[index][stretch] = old[:] = average
 
 
 def _positive(name: str, value: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from hvd_localsgd.core import huge_pages, layout
 from hvd_localsgd.core.guards import Anchor
-from hvd_localsgd.core.layout import Array, Block
+from hvd_localsgd.core.layout import Array, Block, Chunk
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Drift, Finite, Stage
@@ -59,11 +59,15 @@ class Outcome:
         drift: sqrt(1/K sum_k |x_k - average|^2); NaN or infinite if something that was averaged is.
         bytes: what this rank gave to the reduction.
         staleness: asynchronously, syncs of others since this rank last read the average.
+        error: what compression has lost of this rank's change, |e| / |change|.
+        hidden: seconds that the average was on its way while this rank went on.
     """
 
     drift: float = 0.0
     bytes: int = 0
     staleness: int = 0
+    error: float = 0.0
+    hidden: float = 0.0
 
 
 class Pipeline:
@@ -76,6 +80,7 @@ class Pipeline:
         outer: what becomes of the average.
         stages: what happens to the values on their way, outermost first.
         timings: where the seconds go.
+        parts: fragments of the model that are averaged one after another.
     """
 
     def __init__(
@@ -85,13 +90,15 @@ class Pipeline:
         outer: Sequence[Stage],
         stages: Sequence[Stage],
         timings: Timings,
+        parts: int = 1,
     ) -> None:
-        self.memory, self.timings = memory, timings
+        self.memory, self.timings, self._parts = memory, timings, parts
         self.reducer: Reducer | None = None
         self._choose = choose
         self._finite, self._drift = Finite(), Drift()
         self._anchor = next((stage for stage in outer if isinstance(stage, Anchor)), None)
         self._stages: tuple[Stage, ...] = (self._finite, *outer, self._drift, *stages)
+        self._outcome = Outcome()
 
     def start(self) -> None:
         """All ranks hold the same values and are about to train (collective)."""
@@ -99,7 +106,7 @@ class Pipeline:
         self.reducer = self._choose(sum(block.size * block.wire.itemsize for block in blocks))
         if self.reducer is None:
             return
-        self._plan = layout.plan(blocks, self.reducer.chunk_bytes)
+        self._plan = layout.plan(blocks, self.reducer.chunk_bytes, self._parts)
         packed = (chunk.elements * chunk.dtype.itemsize for chunk in self._plan if not chunk.direct)
         self._scratch = np.zeros(max(packed, default=0), np.uint8)
         with self.memory.open() as arrays:
@@ -110,7 +117,7 @@ class Pipeline:
                 stage.start(blocks, arrays)
             self.reducer.start(self._plan, arrays)
 
-    def send(self, weight: float, ranks: int, now: Now) -> Outcome:
+    def send(self, weight: float, ranks: int, now: Now) -> None:
         """x_k <- sum_j w_j x_j, all ranks together (or, if the reducer is one-sided, this one by itself).
 
         Args:
@@ -119,36 +126,64 @@ class Pipeline:
             now: what all ranks know.
         """
         reducer, lap = self.reducer, self.timings.lap
+        self._outcome = Outcome()
         if reducer is None:
-            return Outcome()
-        due = [chunk for chunk in self._plan if now.round % chunk.every == 0]
+            return
+        due = self._due(now)
+        reducer.prepare(now)
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):  # looked at below
             for stage in self._stages:
                 stage.prepare(now, arrays)
             for chunk in due:
-                values = chunk.load(arrays, self._scratch)
-                for stage in self._stages:
-                    values = stage.send(chunk, values)
+                values = self._out(chunk, arrays, self._scratch, weight)
                 if reducer.one_sided and self._finite.found:
-                    return Outcome(math.nan)  # before the others can read it
-                values *= weight
+                    self._outcome = Outcome(math.nan)  # before the others can read it
+                    return
                 lap("pack")
                 values = reducer.sum(chunk, values)
                 lap("communicate")
-                for stage in reversed(self._stages):
-                    values = stage.receive(chunk, values)
-                chunk.save(arrays, values)
+                self._back(chunk, arrays, values)
                 lap("unpack")
-            if not ranks and self._anchor is not None:
-                self._anchor.restore(arrays)
-            for stage in reversed(self._stages if ranks else ()):
-                stage.close(arrays)
-                lap(stage.part)
+            self._close(arrays, ranks, due)
         lap("unpack")
-        squared = self._drift.squared() / max(ranks, 1) if weight else 0.0
-        total = reducer.total(math.nan if self._finite.found else squared)
+        self._outcome = self._measure(weight, ranks, due)
         lap("communicate")
-        return Outcome(math.sqrt(total) if total >= 0 else math.nan, sum(map(reducer.bytes, due)))
+
+    def land(self) -> Outcome:
+        """What was sent has arrived, and is in the memory."""
+        return self._outcome
+
+    # The parts of an average.
+
+    def _due(self, now: Now) -> list[Chunk]:
+        return [chunk for chunk in self._plan if chunk.part in now.parts and now.round % chunk.every == 0]
+
+    def _out(self, chunk: Chunk, arrays: Sequence[Array], scratch: np.ndarray, weight: float) -> Array:
+        values = chunk.load(arrays, scratch)
+        for stage in self._stages:
+            values = stage.send(chunk, values)
+        values *= weight
+        return values
+
+    def _back(self, chunk: Chunk, arrays: list[Array], values: Array) -> None:
+        for stage in reversed(self._stages):
+            values = stage.receive(chunk, values)
+        chunk.save(arrays, values)
+
+    def _close(self, arrays: Sequence[Array], ranks: int, due: Sequence[Chunk]) -> None:
+        if not ranks and self._anchor is not None:
+            self._anchor.restore(arrays)
+        averaged = layout.stretches(due)
+        for stage in reversed(self._stages if ranks else ()):
+            stage.close(arrays, averaged)
+            self.timings.lap(stage.part)
+
+    def _measure(self, weight: float, ranks: int, due: Sequence[Chunk]) -> Outcome:
+        assert self.reducer is not None
+        squared = self._drift.squared() / max(ranks, 1) if weight else 0.0
+        total = self.reducer.total(math.nan if self._finite.found else squared)
+        drift = math.sqrt(total) if total >= 0 else math.nan
+        return Outcome(drift, sum(map(self.reducer.bytes, due)), error=self.reducer.error)
 
     def norm(self) -> float:
         """Of this rank's change since the last sync, if a guard wants to know."""

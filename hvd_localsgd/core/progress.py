@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,9 @@ class Progress:
     Attributes:
         steps, samples: of the round.
         total: local steps before the round, since training began.
+        earlier: steps and samples of the rounds before it that are not in all of the model's averages yet.
         interval: H of the round.
+        landing: the step of the round after which the average that is on its way is taken; 0: none is.
         position: where this rank is; it only grows (two per epoch in ``fit``), and is infinite when it has finished.
         reached: where every rank has come to, as of the last sync.
         pace: seconds of a local step, lately; 0: not known yet.
@@ -36,7 +39,9 @@ class Progress:
     steps: int = 0
     samples: float = 0.0
     total: int = 0
+    earlier: deque[tuple[int, float]] = field(default_factory=deque)
     interval: int = 0
+    landing: int = 0
     position: float = 0.0
     reached: float = FINISHED
     pace: float = 0.0
@@ -47,8 +52,9 @@ class Progress:
     wants_stop: bool = False
     stopping: bool = False
 
-    def begin(self, total: int, now: Now, interval: int) -> None:
-        """A training of its own; steps are counted on from ``total``."""
+    def begin(self, total: int, now: Now, interval: int, parts: int) -> None:
+        """A training of its own; steps are counted on from ``total``. ``parts``: syncs in which the whole model is averaged."""
+        self.earlier, self.landing = deque(maxlen=parts - 1 if parts > 1 else None), 0
         self.total, self.last, self.began, self.sync = total, now, time.perf_counter(), 0.0
         self.steps, self.samples, self.interval = 0, 0.0, interval
         self.position = self.reached = 0.0
@@ -57,8 +63,17 @@ class Progress:
     def begin_round(self, now: Now, interval: int) -> None:
         """The steps of the last round are behind us."""
         self.last = now
+        if now.whole:
+            self.earlier.clear()
+        else:
+            self.earlier.append((self.steps, self.samples))
         self.total += self.steps
         self.steps, self.samples, self.interval = 0, 0.0, interval
+
+    @property
+    def next_step(self) -> int:
+        """Of the round, after which there is something to do: its end, or an average to take before."""
+        return min(self.landing or self.interval, self.interval)
 
     def measure(self, seconds: float) -> None:
         """The steps of this round took so long: half of it counts, half what was measured before."""
@@ -81,6 +96,8 @@ class Progress:
             "steps": self.steps,
             "total": self.total + self.steps,
             "samples": self.samples,
+            "recent": self.steps + sum(steps for steps, _ in self.earlier),
+            "recent_samples": self.samples + sum(samples for _, samples in self.earlier),
             "pace": self.pace,
             "sync": self.sync,
             "clock": time.perf_counter() - self.began,

@@ -60,15 +60,16 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
         settings: the same on every rank.
         last: what all ranks knew at the last sync; None: training begins.
     """
-    now = _now(table).after(last)
+    now = _now(table, settings).after(last)
+    now = _what_is_due(settings, now, last)
     now = replace(now, next=_interval(settings, now))
-    weights = _weights(table, settings)
+    weights = _weights(table, settings, now.world)
     if settings.guard is not None and weights.any():
         weights, tracks = settings.guard.weigh(weights, table["norm"], now.tracks)
         now = replace(now, tracks=tracks)
     return Decision(
         now=now,
-        average=bool(table["due"].any() and table["steps"].any()),
+        average=bool(table["due"].any() and table["recent"].any()),
         weights=weights,
         intervals=_intervals(table, settings, now.next),
         stop=bool(table["stop"].any()),
@@ -77,16 +78,41 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
     )
 
 
-def _weights(table: np.ndarray, settings: Settings) -> np.ndarray:
-    """A rank that took no steps has none; the others count equally, or by their samples."""
-    share = (table["steps"] > 0).astype(np.float64)
-    if settings.weighting == "samples" and (share * table["samples"]).any():
-        share *= table["samples"]
-    total = math.fsum(share)  # exact, so that it does not depend on the order of the ranks
-    return share / total if total else share
+def _what_is_due(settings: Settings, now: Now, last: Now | None) -> Now:
+    """Everything, where all ranks have come further: to validation, or to the end of an epoch. Before that a part, or a group."""
+    if last is None or now.reached > last.reached:
+        return now
+    parts, groups = now.parts, settings.groups
+    if settings.fragments > 1:
+        before, turn = (_turn(settings, step) for step in (last.step, now.step))
+        parts = frozenset(each % settings.fragments for each in range(before, turn))
+    world = groups is None or now.round % groups.every == 0
+    return replace(now, parts=parts, world=world, whole=world and len(parts) == settings.fragments)
 
 
-def _now(table: np.ndarray) -> Now:
+def _turn(settings: Settings, step: int) -> int:
+    """How many fragments have had their turn by this local step: one each H/P steps, wherever training began."""
+    return step * settings.fragments // settings.schedule.interval(Now(step))
+
+
+def _weights(table: np.ndarray, settings: Settings, world: bool) -> np.ndarray:
+    """A rank without steps has none; the others count equally, or by their samples. They sum to 1, in each group if it is by itself."""
+    steps, samples = ("recent", "recent_samples") if world else ("steps", "samples")
+    share = (table[steps] > 0).astype(np.float64)
+    if settings.weighting == "samples" and (share * table[samples]).any():
+        share *= table[samples]
+    if world:
+        total = math.fsum(share)  # exact, so that it does not depend on the order of the ranks
+        return share / total if total else share
+    for group in set(table["group"].tolist()):
+        own = table["group"] == group
+        if not share[own].any():
+            share[own] = 1.0  # they hold the same, and keep it
+        share[own] /= math.fsum(share[own])
+    return share
+
+
+def _now(table: np.ndarray, settings: Settings) -> Now:
     """The table in few numbers, none of which depends on the order of the ranks."""
     losses, weights = table["loss"], np.maximum(table["steps"], 1) * np.isfinite(table["loss"])
     loss = math.fsum(np.where(weights, losses, 0.0) * weights) / math.fsum(weights) if weights.any() else None
@@ -99,12 +125,16 @@ def _now(table: np.ndarray) -> Now:
         seconds=float(table["clock"].max()),
         step_seconds=float(table["pace"].max()),
         sync_seconds=float(table["sync"].max()),
+        reached=max(0.0, float(table["position"].min())),
+        parts=frozenset(range(settings.fragments)),
     )
 
 
 def _interval(settings: Settings, now: Now) -> int:
     """H, and no more than the steps that remain."""
     interval = settings.schedule.interval(now)
+    if settings.fragments > 1:
+        interval = -(-(_turn(settings, now.step) + 1) * interval // settings.fragments) - now.step
     return min(interval, now.remaining) if now.remaining and not settings.schedule.exact else interval
 
 
@@ -152,6 +182,7 @@ class Together:
 
     def __init__(self, communicator: Any, settings: Settings) -> None:
         self.communicator, self.settings = communicator, settings
+        self._group = 0
 
     @property
     def place(self) -> int:
@@ -159,7 +190,10 @@ class Together:
         return self.communicator.rank
 
     def start(self) -> None:
-        """Nothing is kept."""
+        """Which group this rank belongs to."""
+        if self.settings.groups is not None:
+            ranks = self.settings.groups.of_ranks(self.communicator)
+            self._group = next(number for number, group in enumerate(ranks) if self.communicator.rank in group)
 
     def together(self, trainer: Trainer) -> AbstractContextManager[None]:
         """All ranks are in it."""
@@ -167,6 +201,7 @@ class Together:
 
     def decide(self, own: np.ndarray, last: Now | None) -> Decision:
         """On the headers of all, once all are about the same model."""
+        own["group"] = self._group
         while True:
             table = exchange(self.communicator, own)
             check_same_place(self.communicator, table, beginning=False)
@@ -179,7 +214,7 @@ class Together:
     def _say_who_is_left_out(self, table: np.ndarray, decision: Decision) -> None:
         """By a guard; on rank 0."""
         left_out = (
-            np.flatnonzero((table["steps"] > 0) & (decision.weights == 0)).tolist() if self.settings.guard else []
+            np.flatnonzero((table["recent"] > 0) & (decision.weights == 0)).tolist() if self.settings.guard else []
         )
         if decision.average and left_out:
             names = hosts(self.communicator)

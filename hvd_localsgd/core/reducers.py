@@ -13,6 +13,7 @@ import numpy as np
 
 from hvd_localsgd.core import huge_pages, layout
 from hvd_localsgd.core.layout import Array, Block, Chunk
+from hvd_localsgd.core.schedules import Now
 
 _SMALL_CHUNK = 2 << 20
 _LARGE_CHUNK = 32 << 20
@@ -35,6 +36,9 @@ class Reducer(Protocol):
     def start(self, plan: Sequence[Chunk], arrays: Sequence[Array]) -> None:
         """All ranks are about to train, with these values (collective)."""
 
+    def prepare(self, now: Now) -> None:
+        """A sync begins."""
+
     def sum(self, chunk: Chunk, values: Array) -> Array:
         """The sum over ranks; in place where values are host memory."""
 
@@ -44,6 +48,10 @@ class Reducer(Protocol):
     def bytes(self, chunk: Chunk) -> int:
         """What a rank gives to the reduction of a chunk."""
 
+    @property
+    def error(self) -> float:
+        """What this sync has lost of this rank's change, |e| / |change|."""
+
     def free(self) -> None:
         """All ranks have finished (collective)."""
 
@@ -52,12 +60,16 @@ class Library:
     """The communicator's own allreduce."""
 
     one_sided = False
+    error = 0.0
 
     def __init__(self, communicator: Any, chunk_bytes: int | None) -> None:
         self.communicator, self.chunk_bytes = communicator, chunk_bytes
 
     def start(self, plan: Sequence[Chunk], arrays: Sequence[Array]) -> None:
         """Nothing is kept."""
+
+    def prepare(self, now: Now) -> None:
+        """All syncs are alike."""
 
     def sum(self, chunk: Chunk, values: Array) -> Array:
         """One allreduce."""
@@ -107,9 +119,13 @@ class OneSided:
     """
 
     one_sided = True
+    error = 0.0
 
     def __init__(self, communicator: Any, chunk_bytes: int | None) -> None:
         self.communicator, self.chunk_bytes = communicator, chunk_bytes
+
+    def prepare(self, now: Now) -> None:
+        """All syncs are alike."""
 
     def start(self, plan: Sequence[Chunk], arrays: Sequence[Array]) -> None:
         """x_bar is the common start. Extra memory: a K-th of the model, and a chunk."""

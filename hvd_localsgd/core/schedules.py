@@ -37,6 +37,10 @@ class Now:
         fallen: whether the rate was lower at some sync than at the one before.
         last: the one before this.
         tracks: what a guard keeps of each rank.
+        reached: the position to which every rank has come.
+        parts: of the model's fragments those that are averaged at this sync.
+        world: whether over all ranks; otherwise each group by itself.
+        whole: whether with this sync all ranks hold the same of everything.
     """
 
     step: int
@@ -53,6 +57,10 @@ class Now:
     fallen: bool = False
     last: Now | None = None
     tracks: tuple[Any, ...] = ()
+    reached: float = 0.0
+    parts: frozenset[int] = frozenset({0})
+    world: bool = True
+    whole: bool = True
 
     def after(self, last: Now | None) -> Now:
         """With what the sync before has left behind."""

@@ -13,9 +13,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
+from hvd_localsgd.core.codecs import CODECS
+from hvd_localsgd.core.groups import as_groups
 from hvd_localsgd.core.guards import as_clip, as_guard
-from hvd_localsgd.core.outer import Mean, as_outer
-from hvd_localsgd.core.schedules import Constant, Schedule, as_schedule
+from hvd_localsgd.core.outer import Mean, Outer, as_outer
+from hvd_localsgd.core.schedules import Constant, Now, Schedule, as_schedule
 from hvd_localsgd.core.selection import as_names
 
 
@@ -45,6 +47,17 @@ def as_state_policy(policy: Any) -> Any:
     raise ValueError(
         f'optimizer_state must be one of {words}, or a dict such as {{"momentum": 3}} with a number of syncs >= 1. Received: {policy!r}'
     )
+
+
+def as_count(minimum: int, words: str) -> Callable[[Any], int]:
+    """A check: an integer of at least ``minimum``, or ValueError with these words."""
+
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{words}. Received: {value!r}")
+        return value
+
+    return check
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,28 @@ class Settings:
         'BatchNorm\'s variances are averaged as all else, or ``"pooled"``: mean of the variances + variance of the means, that '
         "of all ranks' data together. Nothing more is sent.",
     )
+    overlap: int = option(
+        0,
+        as_count(0, "overlap must be a number of local steps >= 0"),
+        "local steps that go on while an average is on its way; they are kept: x <- average + (x - what was sent). 0: it is waited for.",
+    )
+    fragments: int = option(
+        1,
+        as_count(1, "fragments must be a number of parts >= 1"),
+        "P parts of the model, of which one is averaged every H/P steps, each once in H steps.",
+    )
+    compression: Literal[None, "bf16", "fp16", "int8"] = option(
+        None,
+        (None, *CODECS),
+        "how the ranks' changes are sent; what is lost is made up for in the next sync. Statistics, small variables and "
+        "the first rounds are sent as they are.",
+    )
+    groups: Any = option(
+        None,
+        as_groups,
+        'ranks that average among themselves every H steps, and with all others at every fourth sync: ``"node"``, lists of ranks, or '
+        "``Groups(ranks, every)``.",
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -134,7 +169,17 @@ class Settings:
     @property
     def measures_change(self) -> bool:
         """Whether something is made of the change since the last sync."""
-        return not isinstance(self.outer, Mean) or self.guard is not None or self.clip_change is not None
+        return not isinstance(self.outer, Mean) or self.has_anchor
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the weights after the last sync are kept, apart from an outer step's own."""
+        return self.guard is not None or self.clip_change is not None or self.compression is not None
+
+    @property
+    def parts_weights(self) -> bool:
+        """Whether weights and statistics are not treated alike, or not all at once."""
+        return self.measures_change or self.variance == "pooled" or self.overlap > 0 or self.fragments > 1
 
     @property
     def needs(self) -> frozenset[str]:
@@ -159,25 +204,30 @@ def _async_is_alone(chosen: Settings) -> str | None:
     return None
 
 
-def _async_has_no_periods(chosen: Settings) -> str | None:
-    if chosen.mode == "async" and isinstance(chosen.optimizer_state, dict):
+_NEED_ALL_RANKS = {
+    "outer": "there is no moment for an outer step of all ranks",
+    "guard": "the changes of all ranks are never there together",
+    "clip_change": "the changes of all ranks are never there together",
+    "variance": "variances cannot be pooled one rank at a time",
+    "overlap": "nobody is waited for, and a rank reads the average as it is at that moment",
+    "fragments": "ranks have no turn that is the same for all",
+    "compression": "what is added cannot be decoded by whoever owns it, who does not take part",
+    "groups": "ranks meet nobody",
+}
+
+
+def _async_adds_one_rank_at_a_time(chosen: Settings) -> str | None:
+    if chosen.mode == "sync":
+        return None
+    if isinstance(chosen.optimizer_state, dict):
         return (
             f"mode='async' knows no sync of all ranks to count by. Received: optimizer_state={chosen.optimizer_state!r}"
         )
-    return None
-
-
-def _async_has_no_guard(chosen: Settings) -> str | None:
-    if chosen.mode == "async" and (chosen.guard is not None or chosen.clip_change is not None):
-        return (
-            "mode='async' adds each rank's change as it comes: guard and clip_change need those of all ranks together."
-        )
-    return None
-
-
-def _async_has_no_pool(chosen: Settings) -> str | None:
-    if chosen.mode == "async" and chosen.variance == "pooled":
-        return "mode='async' adds changes, one rank at a time: variances cannot be pooled."
+    defaults = {each.name: each.default for each in fields(chosen)}
+    for name, reason in _NEED_ALL_RANKS.items():
+        value = getattr(chosen, name)
+        if value != defaults[name] and not isinstance(value, Mean):
+            return f"mode='async' adds each rank's progress to the average as it comes: {reason}. Received: {name}={value!r}"
     return None
 
 
@@ -187,20 +237,53 @@ def _exact_is_equal(chosen: Settings) -> str | None:
     return None
 
 
-def _async_has_no_outer_step(chosen: Settings) -> str | None:
-    if chosen.mode == "async" and not isinstance(chosen.outer, Mean):
-        return f"mode='async' adds to an average that nobody owns: there is no moment for outer={chosen.outer!r}."
+def _overlap_ends_in_its_round(chosen: Settings) -> str | None:
+    steps = chosen.schedule.interval(Now(0)) // chosen.fragments if isinstance(chosen.schedule, Constant) else 0
+    if chosen.overlap and 0 < steps <= chosen.overlap:
+        return (
+            f"overlap={chosen.overlap} must be below the {steps} local steps between two syncs: the next average begins with what "
+            "this one has brought."
+        )
+    return None
+
+
+def _fragments_come_in_turn(chosen: Settings) -> str | None:
+    if chosen.fragments == 1:
+        return None
+    if not isinstance(chosen.schedule, Constant):
+        return f"fragments take turns by the local step, which needs a constant sync_every. Received: sync_every={chosen.schedule!r}"
+    whole = {
+        "guard": "looks at the change of the whole model",
+        "groups": "counts averages of the whole model",
+        "interval": "gives ranks different steps, by which fragments would take turns",
+    }
+    for name, reason in whole.items():
+        value = getattr(chosen, name)
+        if value not in (None, "equal"):
+            return f"fragments average a part of the model at a time, and {name}={value!r} {reason}."
+    if chosen.variance == "pooled":
+        return "fragments average a part of the model at a time: variance='pooled' needs means and variances together."
+    if isinstance(chosen.optimizer_state, dict):
+        return f"fragments have their own period, H. Received: optimizer_state={chosen.optimizer_state!r}"
+    if not isinstance(chosen.outer, Outer):
+        return f"fragments average a part of the model at a time, and outer={chosen.outer!r} steps the whole: use a rule such as Nesterov()."
+    return None
+
+
+def _groups_measure_no_outliers(chosen: Settings) -> str | None:
+    if chosen.groups is not None and chosen.guard is not None:
+        return f"guard={chosen.guard!r} compares the changes of all ranks at each sync, which groups make among themselves."
     return None
 
 
 # Combinations that cannot work: each says why, or nothing.
 REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
     _async_is_alone,
-    _async_has_no_outer_step,
-    _async_has_no_pool,
-    _async_has_no_guard,
-    _async_has_no_periods,
+    _async_adds_one_rank_at_a_time,
     _exact_is_equal,
+    _overlap_ends_in_its_round,
+    _fragments_come_in_turn,
+    _groups_measure_no_outliers,
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvd_localsgd.core.layout import Array, Block, Chunk
+from hvd_localsgd.core.layout import Array, Block, Chunk, Stretch
 from hvd_localsgd.core.schedules import Now
 
 DRIFT_SAMPLE = 1 << 18  # elements; the drift of larger models is estimated from the beginning of every chunk
@@ -36,8 +36,8 @@ class Stage:
         """On the way back."""
         return values
 
-    def close(self, arrays: Sequence[Array]) -> None:
-        """All chunks have come back, and are in the arrays."""
+    def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
+        """All chunks have come back, and are in the arrays: there ``averaged`` is what was averaged, the rest is not."""
 
 
 class Progress(Stage):
@@ -83,7 +83,7 @@ class PooledVariance(Stage):
         """Out goes the second moment."""
         self._add(arrays, 1)
 
-    def close(self, arrays: Sequence[Array]) -> None:
+    def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
         """What came back becomes a variance."""
         self._add(arrays, -1)
         self.start((), arrays)
@@ -132,16 +132,17 @@ class Drift(Stage):
         """How much of each chunk to look at."""
         self._share = min(1.0, DRIFT_SAMPLE / max(sum(block.size for block in blocks), 1))
         self._distance, self._sampled, self._elements = 0.0, 0, 0
+        self._before: dict[int, np.ndarray] = {}  # by chunk, on their way
 
     def send(self, chunk: Chunk, values: Array) -> Array:
         """A copy of its beginning."""
         self._elements += chunk.elements
-        self._before = np.array(values[: math.ceil(chunk.elements * self._share)])
+        self._before[chunk.number] = np.array(values[: math.ceil(chunk.elements * self._share)])
         return values
 
     def receive(self, chunk: Chunk, values: Array) -> Array:
         """The distance from it."""
-        before = self._before
+        before = self._before.pop(chunk.number)
         before -= np.asarray(values[: before.size])
         self._distance += float(np.dot(before, before))
         self._sampled += before.size

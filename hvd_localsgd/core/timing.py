@@ -23,7 +23,9 @@ class Round:
     state afterwards. ``bytes``: what this rank gave to the allreduce. ``drift``: root mean square over ranks of
     the distance between a rank's weights and their average, just before averaging. ``interval``: H of this
     round; ``steps``: what this rank really took (fewer where its data ended). ``staleness``: asynchronously, how many
-    syncs of other ranks came between this rank's last read of the global average and this sync.
+    syncs of other ranks came between this rank's last read of the global average and this sync. ``error``: with compression, what
+    it has lost of this rank's change, as a share of its norm. ``hidden``: with overlap, how long the average was on its way while this
+    rank went on, in no part's time; what is in ``bytes``, ``drift``, ``error`` and ``hidden`` is then of the average that came in this round.
     """
 
     round: int
@@ -44,6 +46,8 @@ class Round:
     bytes: int
     drift: float
     staleness: int
+    error: float
+    hidden: float
     rank: int
     size: int
     host: str
@@ -117,13 +121,14 @@ class Timings(Stopwatch):
         self.restart()
 
     def sums(self) -> dict[str, Any]:
-        """Sums over this rank's rounds of this training: each part, wall, residual (s), bytes, steps, syncs; and its rank and host.
+        """Sums over this rank's rounds of this training: each part, wall, residual, hidden (s), bytes, steps, syncs; and its rank and host.
 
         ``staleness`` is the mean over syncs.
         """
         rounds = self.rounds[self._first :]
         sums: dict[str, Any] = {
-            name: sum(getattr(r, name) for r in rounds) for name in (*PARTS, "wall", "residual", "bytes", "steps")
+            name: sum(getattr(r, name) for r in rounds)
+            for name in (*PARTS, "wall", "residual", "hidden", "bytes", "steps")
         }
         sums["syncs"] = sum(r.interval > 0 for r in rounds)
         sums["staleness"] = sum(r.staleness for r in rounds) / max(sums["syncs"], 1)

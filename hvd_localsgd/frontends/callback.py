@@ -201,7 +201,7 @@ class LocalSGDCallback(Recorded, Callback):
         if due:
             finish_device_work()
             self._timings.lap("compute")
-            self._synchronise(engine.synchronise)
+            self._synchronise(engine.proceed)
 
     def _updates_this_epoch(self) -> int:
         return self._updates_done() - self._updates_before

@@ -169,12 +169,12 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         if self._take_back is not None:
             self._memory.restore(self._take_back)
             self._take_back = None
-            if self._updates() < self._engine.progress.total + self._engine.progress.interval:
+            if self._updates() < self._engine.progress.total + self._engine.progress.next_step:
                 self._set_next_sync()
                 return
         self._take_steps()
         self._tell()
-        self._engine.synchronise()
+        self._engine.proceed()
         self._set_next_sync()
 
     def _tell(self) -> None:
@@ -326,7 +326,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
     def _set_next_sync(self, updates: int | None = None) -> None:
         if updates is None:
             updates = min(
-                self._engine.progress.total + self._engine.progress.interval, sys.maxsize // self._steps_per_update
+                self._engine.progress.total + self._engine.progress.next_step, sys.maxsize // self._steps_per_update
             )
         for part in components(self._next_sync):
             part.assign(updates * self._steps_per_update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from hvd_localsgd.backends.tensorflow.tensors import Tensors
 from hvd_localsgd.backends.tensorflow.together import Together
 from hvd_localsgd.backends.tensorflow.variables import Part, components, describe, finish_device_work
 from hvd_localsgd.core import agreement
-from hvd_localsgd.core.layout import Array, Block
+from hvd_localsgd.core.layout import Array, Block, Kind
 
 
 class Way(Protocol):
@@ -52,8 +52,7 @@ class TensorFlowMemory:
 
     Args:
         averaged: what is averaged, of floating dtype.
-        plain: those of them that are statistics, and no weights: they get blocks of their own.
-        every: by ``id``, of those that are not averaged at each sync, how rarely.
+        kinds: by ``id``, of those that are not ordinary weights, what they are; each kind has blocks of its own.
         tensors: all as one flat tensor per dtype, as if none could be reached in place.
         on_device: such tensors are not brought to the host: the communicator takes them.
     """
@@ -61,8 +60,7 @@ class TensorFlowMemory:
     def __init__(
         self,
         averaged: Sequence[Any],
-        plain: Sequence[Any] = (),
-        every: Mapping[int, int] = MappingProxyType({}),
+        kinds: Mapping[int, Kind] = MappingProxyType({}),
         *,
         tensors: bool = False,
         on_device: bool = False,
@@ -72,15 +70,13 @@ class TensorFlowMemory:
         self._on_device = on_device
         parts = [Part(variable) for variable in averaged]
         self._probe = min((part for part in parts if part.size), key=lambda part: part.size, default=None)
-        apart = set(map(id, plain))
-        kinds = [(id(variable) in apart, every.get(id(variable), 1)) for variable in averaged]
+        own = [kinds.get(id(variable), Kind()) for variable in averaged]
         self._ways, self.blocks = list[Way](), list[Block]()
-        for kind in sorted(set(kinds)):
-            ways = _ways(
-                [part for part, own in zip(parts, kinds, strict=True) if own == kind], tensors or on_device, on_device
-            )
+        for kind in sorted(set(own)):
+            alike = [part for part, each in zip(parts, own, strict=True) if each == kind]
+            ways = _ways(alike, tensors or on_device, on_device)
             self._ways += ways
-            self.blocks += [replace(block, plain=kind[0], every=kind[1]) for way in ways for block in way.blocks]
+            self.blocks += [replace(block, **asdict(kind)) for way in ways for block in way.blocks]
         self._lent: Sequence[tf.Tensor] | None = None
         self._write_compiled = tf.function(lambda tensors: self._write(tensors, packed=True), autograph=False)
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvd_localsgd.core.layout import Array, Block
+from hvd_localsgd.core.layout import Array, Block, Stretch
+from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Stage
 
 
@@ -31,8 +32,14 @@ class KerasOuterStep(Stage):
         for old, value in zip(self._old, values, strict=True):
             old.assign(value)
 
-    def close(self, arrays: Sequence[Array]) -> None:
+    def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
+        """An average inside a group is no more than that."""
+        self._rests = not now.world
+
+    def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
         """The outer step."""
+        if self._rests:
+            return
         assert self._old is not None
         averages = [
             np.asarray(arrays[index], old.dtype.as_numpy_dtype)

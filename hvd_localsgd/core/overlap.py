@@ -1,0 +1,150 @@
+"""The average on its way while training goes on: local steps that are taken meanwhile are kept.
+
+CoCoD-SGD (Shen et al. 2019, arXiv 1906.12043): with x_s what a rank held when the average was begun, and x what it holds when the average
+has come,
+
+    x <- average + (x - x_s)
+
+as if the steps taken meanwhile had been taken from the average.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from hvd_localsgd.core import layout
+from hvd_localsgd.core.layout import Array, Chunk, Stretch
+from hvd_localsgd.core.pipeline import Outcome, Pipeline
+from hvd_localsgd.core.schedules import Now
+
+_STRETCH = 1 << 16  # elements
+
+
+class Overlapped(Pipeline):
+    """As ``Pipeline``, but ``send`` does not wait: a thread adds up the chunks, and ``land`` takes what has come.
+
+    Its reducer needs a communicator of its own. Extra memory while an average is on its way: two copies of what is averaged, and what
+    is laid end to end.
+    """
+
+    _flight: _Flight | None = None
+
+    def start(self) -> None:
+        """The average of a training that was broken off arrives on all ranks, and is not looked at."""
+        if self._flight is not None:
+            self._flight.join()
+            self._flight = None
+        super().start()
+
+    def send(self, weight: float, ranks: int, now: Now) -> None:
+        """Begins the average; arguments as for ``Pipeline.send``."""
+        self._outcome, reducer = Outcome(), self.reducer
+        if reducer is None:
+            return
+        due = self._due(now)
+        stretches = layout.stretches(due)
+        reducer.prepare(now)
+        with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):
+            started = _copy(arrays, stretches)
+            average = _copy(started, stretches)
+            for stage in self._stages:
+                stage.prepare(now, average)
+            sent = [(chunk, self._out(chunk, average, self._room(chunk), weight)) for chunk in due]
+        self.timings.lap("pack")
+
+        def fly() -> Outcome:
+            with np.errstate(over="ignore", invalid="ignore"):
+                for chunk, values in sent:
+                    self._back(chunk, average, reducer.sum(chunk, values))
+                return self._measure(weight, ranks, due)
+
+        self._flight = _Flight(fly)
+        self._begun = started, average, stretches, ranks, due
+
+    def land(self) -> Outcome:
+        """Waits for the average, if it is not here yet. One that is not finite stays out of the memory.
+
+        Raises:
+            Exception: what the thread could not do.
+        """
+        if self._flight is None:
+            return self._outcome
+        flight, self._flight = self._flight, None
+        waited = flight.wait()
+        self.timings.lap("communicate")
+        self._outcome = replace(flight.result(), hidden=max(0.0, flight.seconds - waited))
+        if math.isfinite(self._outcome.drift):
+            started, average, stretches, ranks, due = self._begun
+            self._close(average, ranks, due)
+            with self.memory.open() as arrays:
+                self._apply(arrays, started, average, stretches)
+            self.timings.lap("unpack")
+        del self._begun
+        return self._outcome
+
+    def _room(self, chunk: Chunk) -> np.ndarray:
+        return np.empty(0 if chunk.direct else chunk.elements * chunk.dtype.itemsize, np.uint8)
+
+    def _apply(
+        self, arrays: Sequence[Array], started: Sequence[Array], average: Sequence[Array], stretches: Sequence[Stretch]
+    ) -> None:
+        blocks = self.memory.blocks
+        for index, first, last in stretches:
+            for start in range(first, last, _STRETCH):
+                stretch = slice(start, min(start + _STRETCH, last))
+                array, wire = arrays[index][stretch], blocks[index].wire
+                if blocks[index].plain:  # a variance or a second moment could become negative: they are as they come
+                    array[:] = average[index][stretch]
+                else:
+                    array[:] = average[index][stretch] + (array.astype(wire) - started[index][stretch])
+
+
+class _Flight(threading.Thread):
+    """A call in a thread of its own, which begins at once.
+
+    Attributes:
+        seconds: how long it took.
+    """
+
+    seconds = 0.0
+
+    def __init__(self, call: Callable[[], Outcome]) -> None:
+        super().__init__(daemon=True)  # a rank that dies must not keep others' processes from ending
+        self._call, self._outcome = call, Outcome()
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """The call."""
+        began = time.perf_counter()
+        try:
+            self._outcome = self._call()
+        except BaseException as error:
+            self._error = error
+        self.seconds = time.perf_counter() - began
+
+    def wait(self) -> float:
+        """Until it is over; how many seconds that took."""
+        began = time.perf_counter()
+        self.join()
+        return time.perf_counter() - began
+
+    def result(self) -> Outcome:
+        """What it returned, or raised."""
+        if self._error is not None:
+            raise self._error
+        return self._outcome
+
+
+def _copy(arrays: Sequence[Array], stretches: Sequence[Stretch]) -> list[Array]:
+    """Of these stretches; what lies between takes no memory, since nobody writes to it."""
+    copies = [np.empty_like(array) for array in arrays]
+    for index, start, stop in stretches:
+        copies[index][start:stop] = arrays[index][start:stop]
+    return copies
