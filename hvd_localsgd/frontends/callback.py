@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 from keras.callbacks import Callback, ProgbarLogger
 
 from hvd_localsgd import assemble, devices
@@ -22,8 +21,9 @@ from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.schedules import Schedule
 from hvd_localsgd.core.selection import means_and_variances
-from hvd_localsgd.core.timing import PARTS, Recorded, Timings
+from hvd_localsgd.core.timing import Recorded, Timings
 from hvd_localsgd.frontends import frames, keras_state
+from hvd_localsgd.frontends import logs as epoch_logs
 from hvd_localsgd.frontends.input_probe import InputProbe
 from hvd_localsgd.frontends.table import print_table
 
@@ -98,6 +98,7 @@ class LocalSGDCallback(Recorded, Callback):
         _build(model, self.settings.optimizer_state)
         self._input = InputProbe(model)
         self._epochs_begun = 0
+        self._apart = epoch_logs.Apart()
         self._training = True
 
     def _begin(self, epoch: int) -> None:
@@ -225,14 +226,19 @@ class LocalSGDCallback(Recorded, Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Callbacks see the averaged model and the averaged logs, the same on all ranks."""
         self._finish_training_steps()
-        own = {key: numbers for key, value in (logs or {}).items() if (numbers := _numbers(value)) is not None}
+        own = {
+            key: numbers for key, value in (logs or {}).items() if (numbers := epoch_logs.numbers(value)) is not None
+        }
         message = json.dumps(
             {"logs": own, "samples": self._train_samples, "validation_samples": self._validation_samples}
         )
         messages = self._synchronise(lambda: self._engine.meet(self._position + 2, message.encode()))
         if logs is not None:
-            logs.update(_average_logs([json.loads(entry) for entry in messages if entry]))
-            logs.update(self._epoch_seconds())
+            entries, rounds = [json.loads(entry) for entry in messages if entry], self.timings[self._first_round :]
+            spread = epoch_logs.spread(entries, rounds)
+            logs.update(spread | epoch_logs.average(entries) | epoch_logs.seconds(rounds))
+            if (hint := self._apart.see(spread)) and devices.rank() == 0:
+                warnings.warn(hint, stacklevel=2)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """All ranks end together, with the same weights; rank 0 prints the table."""
@@ -294,10 +300,6 @@ class LocalSGDCallback(Recorded, Callback):
             if metric.name == "loss" and hasattr(metric, "count"):
                 return float(keras.ops.convert_to_numpy(metric.count))
         return float(self._batches)
-
-    def _epoch_seconds(self) -> dict[str, float]:
-        rounds = self.timings[self._first_round :]
-        return {f"seconds_{part}": sum(getattr(r, part) for r in rounds) for part in PARTS}
 
     # Checks at train begin.
 
@@ -372,31 +374,3 @@ def check_is_keras_3(model: Any) -> None:
             f"{type(model).__module__}. Take everything from `import keras`, or unset TF_USE_LEGACY_KERAS, which makes "
             "tf.keras Keras 2."
         )
-
-
-def _numbers(value: Any) -> Any:
-    """A log as JSON has it: a number, or lists of numbers; None if it is something else, such as words."""
-    try:
-        array = np.asarray(value)
-        return array.astype("float64").tolist() if array.dtype.kind in "biufV" else None  # V: bfloat16
-    except (TypeError, ValueError):
-        return None
-
-
-def _average_logs(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each metric's mean over the ranks that have it, weighted by the samples behind it.
-
-    Of an array element by element; where the ranks' shapes differ there is no mean, and each rank keeps its own.
-    """
-    averaged = {}
-    for key in sorted({key for entry in entries for key in entry["logs"]}):
-        weight_key = "validation_samples" if key.startswith("val_") else "samples"
-        pairs = [(np.array(entry["logs"][key]), entry[weight_key]) for entry in entries if key in entry["logs"]]
-        if len({value.shape for value, _ in pairs}) > 1:
-            continue
-        if not any(weight for _, weight in pairs):
-            pairs = [(value, 1.0) for value, _ in pairs]
-        weighted = [value * weight for value, weight in pairs if weight]  # a NaN with weight zero is not counted
-        mean = sum(weighted) / sum(weight for _, weight in pairs)
-        averaged[key] = mean if mean.ndim else float(mean)
-    return averaged
