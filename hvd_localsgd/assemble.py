@@ -16,6 +16,7 @@ from hvd_localsgd.core.pipeline import Memory, Pipeline
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.timing import Timings
+from hvd_localsgd.core.variates import Variates
 
 
 def memory(
@@ -60,6 +61,11 @@ def memory(
     return TensorFlowMemory(averaged, plain, every, on_device=communicator.takes_tensors and not host)
 
 
+def variates(settings: Settings) -> Variates | None:
+    """What corrects gradients, if the settings say so: a stage of the engine, which a front end asks for its corrections."""
+    return Variates() if settings.control_variates else None
+
+
 def engine(
     settings: Settings,
     communicator: Communicator,
@@ -68,6 +74,7 @@ def engine(
     *,
     finish_at_exit: bool,
     pairs: Sequence[tuple[Any, Any]] = (),
+    variates: Variates | None = None,
     reducer: Callable[[Communicator], Reducer] | None = None,
 ) -> LocalSGD:
     """The engine that does what the settings say.
@@ -80,11 +87,13 @@ def engine(
         finish_at_exit: a process that ends in good order without ``finish`` waits for the others; if False, it
             has left them in the middle of something, and the job ends with an error.
         pairs: variables that hold means, and those that hold the variances around them.
+        variates: as ``variates`` has made them.
         reducer: makes the reducer; None: the fastest is measured.
     """
     outer = _outer_steps(settings)
     if settings.variance == "pooled" and pairs:
         outer.append(stages.PooledVariance([(memory.place(mean), memory.place(variance)) for mean, variance in pairs]))
+    outer += [] if variates is None else [variates]
     alone = settings.mode == "async" and communicator.size > 1
 
     def choose(payload: int) -> Reducer | None:

@@ -113,6 +113,12 @@ class Settings:
         'BatchNorm\'s variances are averaged as all else, or ``"pooled"``: mean of the variances + variance of the means, that '
         "of all ranks' data together. Nothing more is sent.",
     )
+    control_variates: bool = option(
+        False,
+        (False, True),
+        "each rank's gradients are corrected by how much they differ from the mean of all ranks', for ranks with different data (VRL-SGD, "
+        "Liang et al. 2019). Nothing more is sent. Of the optimizer and ``ModelAverager``, with plain SGD.",
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -134,12 +140,14 @@ class Settings:
     @property
     def measures_change(self) -> bool:
         """Whether something is made of the change since the last sync."""
-        return not isinstance(self.outer, Mean) or self.guard is not None or self.clip_change is not None
+        changed = not isinstance(self.outer, Mean) or self.guard is not None or self.clip_change is not None
+        return changed or self.control_variates
 
     @property
     def needs(self) -> frozenset[str]:
         """Of rate, loss and what remains, those that somebody looks at."""
-        return self.schedule.needs | getattr(self.outer, "needs", frozenset())
+        variates = frozenset({"rate"} if self.control_variates else ())
+        return self.schedule.needs | getattr(self.outer, "needs", frozenset()) | variates
 
     def get_config(self) -> dict[str, Any]:
         """Name and value of each option."""
@@ -193,6 +201,26 @@ def _async_has_no_outer_step(chosen: Settings) -> str | None:
     return None
 
 
+def _variates_are_of_equal_ranks(chosen: Settings) -> str | None:
+    alike = (chosen.mode, chosen.weighting, chosen.interval) == ("sync", "equal", "equal") and chosen.guard is None
+    if chosen.control_variates and not alike:
+        return (
+            "control_variates sum to zero only if all ranks are in each average, count equally and take as many steps: leave mode, "
+            f"weighting, interval and guard as they are. Received: mode={chosen.mode!r}, weighting={chosen.weighting!r}, "
+            f"interval={chosen.interval!r}, guard={chosen.guard!r}"
+        )
+    return None
+
+
+def _variates_have_no_outer_step(chosen: Settings) -> str | None:
+    if chosen.control_variates and not isinstance(chosen.outer, Mean):
+        return (
+            "control_variates are published for ranks that go on from the average itself: leave outer as it is. "
+            f"Received: outer={chosen.outer!r}"
+        )
+    return None
+
+
 # Combinations that cannot work: each says why, or nothing.
 REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
     _async_is_alone,
@@ -201,6 +229,8 @@ REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
     _async_has_no_guard,
     _async_has_no_periods,
     _exact_is_equal,
+    _variates_are_of_equal_ranks,
+    _variates_have_no_outer_step,
 )
 
 
