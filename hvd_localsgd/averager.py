@@ -66,7 +66,8 @@ class ModelAverager(Recorded):
         self.settings = settings.choose(sync_every, options)
         if self.settings.optimizer_state != "keep":
             raise ValueError("ModelAverager knows no optimizer: to average its state, pass it among the variables.")
-        self._variables, self._statistics, self._broadcast = variables, list(statistics), broadcast
+        self._variables: Any = variables
+        self._statistics, self._broadcast = list(statistics), broadcast
         self._communicator, self._reducer = communicator, reducer
         self._timings = Timings(timings)
         self._training = False
@@ -146,7 +147,7 @@ class ModelAverager(Recorded):
 
     def _make_engine(self) -> LocalSGD:
         communicator = self._communicator or devices.get()
-        memory: Any = self._variables
+        memory = self._variables
         pairs: list[tuple[Any, Any]] = []
         if not hasattr(memory, "blocks"):
             if not (averaged := [*memory, *self._statistics]):
