@@ -21,6 +21,7 @@ from hvd_localsgd.core.pipeline import Memory, Pipeline
 from hvd_localsgd.core.reducers import Library, Reducer, Ring
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.timing import Timings
+from hvd_localsgd.core.variates import Variates
 
 
 def memory(
@@ -81,6 +82,11 @@ def _is_double(variable: Any) -> bool:
     return "float64" in str(variable.dtype)
 
 
+def variates(settings: Settings) -> Variates | None:
+    """What corrects gradients, if the settings say so: a stage of the engine, which a front end asks for its corrections."""
+    return Variates() if settings.control_variates else None
+
+
 def engine(
     settings: Settings,
     communicator: Communicator,
@@ -89,6 +95,7 @@ def engine(
     *,
     finish_at_exit: bool,
     pairs: Sequence[tuple[Any, Any]] = (),
+    variates: Variates | None = None,
     reducer: Callable[[Communicator], Reducer] | None = None,
 ) -> LocalSGD:
     """The engine that does what the settings say.
@@ -101,11 +108,13 @@ def engine(
         finish_at_exit: a process that ends in good order without ``finish`` waits for the others; if False, it
             has left them in the middle of something, and the job ends with an error.
         pairs: variables that hold means, and those that hold the variances around them.
+        variates: as ``variates`` has made them.
         reducer: makes the reducer; None: the fastest is measured.
     """
     outer = _outer_steps(settings)
     if settings.variance == "pooled" and pairs:
         outer.append(stages.PooledVariance([(memory.place(mean), memory.place(variance)) for mean, variance in pairs]))
+    outer += [] if variates is None else [variates]
     alone = settings.mode == "async" and communicator.size > 1
     through = _Channels(communicator, settings)
 
@@ -122,7 +131,8 @@ def engine(
     coordination = (protocol.Alone if alone else protocol.Together)(communicator, settings)
     more: list[stages.Stage] = [stages.Progress()] if alone else []
     if settings.compression is not None and communicator.size > 1:
-        more.append(guards.Change(next(stage for stage in outer if isinstance(stage, guards.Anchor))))
+        anchor = next(stage for stage in outer if isinstance(stage, guards.Anchor))
+        more.append(guards.Change(anchor, _warm_up(settings)))
     kind = Overlapped if settings.overlap else Pipeline
     pipeline = kind(memory, choose, outer, more, timings, settings.fragments)
     return LocalSGD(settings, communicator, coordination, pipeline, timings, finish_at_exit)
@@ -157,13 +167,19 @@ class _Channels:
         if self._settings.compression is None:
             return plain
         codec = CODECS[self._settings.compression]
-        return Encoded(communicator, codec, plain, compression.WARM_UP * self._settings.fragments)
+        return Encoded(communicator, codec, plain, _warm_up(self._settings))
 
     def _part(self, communicator: Communicator, groups: Sequence[Sequence[int]]) -> Communicator:
         key = communicator.size, id(communicator), tuple(map(tuple, groups))
         if key not in self._made:
             self._made[key] = communicator.subgroup(groups)
         return self._made[key]
+
+
+def _warm_up(settings: Settings) -> int:
+    """Syncs in which nothing is encoded yet."""
+    per_average = settings.fragments if settings.groups is None else settings.groups.every
+    return compression.WARM_UP * per_average
 
 
 def _outer_steps(settings: Settings) -> list[stages.Stage]:

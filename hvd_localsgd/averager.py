@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from hvd_localsgd import assemble, devices
 from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.core import settings
@@ -36,6 +38,10 @@ class ModelAverager(Recorded):
         communicator: through what; None: that of this process, which ``lsgd.init`` chose.
         reducer: makes another reducer than the fastest.
 
+    Attributes:
+        corrections: with ``control_variates``, from ``begin`` on, an array for each variable: the loop subtracts it from each
+            gradient, ``x -= rate * (gradient - correction)``, having told the rate. Zero at first; every sync changes them in place.
+
     Raises:
         ValueError: an option is not one of the above, or there is nothing to average; in ``begin``: ranks hold different
             variables or settings.
@@ -60,11 +66,14 @@ class ModelAverager(Recorded):
         self.settings = settings.choose(sync_every, options)
         if self.settings.optimizer_state != "keep":
             raise ValueError("ModelAverager knows no optimizer: to average its state, pass it among the variables.")
-        self._variables, self._statistics, self._broadcast = variables, list(statistics), broadcast
+        self._variables: Any = variables
+        self._statistics, self._broadcast = list(statistics), broadcast
         self._communicator, self._reducer = communicator, reducer
         self._timings = Timings(timings)
         self._training = False
         self._told: dict[str, float] = {}
+        self._variates = assemble.variates(self.settings)
+        self.corrections: list[np.ndarray] = []
 
     def begin(self) -> None:
         """All ranks agree on what is averaged, and get rank 0's values."""
@@ -73,6 +82,8 @@ class ModelAverager(Recorded):
         self._check_told(self.settings.needs - {"loss"})
         self._engine.tell(**self._told)
         self._engine.begin(context=Context({"front end": type(self).__name__}))
+        if self._variates is not None:
+            self.corrections = [self._correction(variable) for variable in self._variables]
         self._training = True
 
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
@@ -84,6 +95,8 @@ class ModelAverager(Recorded):
                 )
             self.begin()
         assert self._engine is not None
+        if self._variates is not None:
+            self._variates.count(steps * self._told["rate"])
         due = self._engine.step(steps, samples)
         if due:
             self._timings.lap("compute")
@@ -93,13 +106,22 @@ class ModelAverager(Recorded):
         return due
 
     def tell(self, **known: float) -> None:
-        """What the schedule needs to know of ``rate``, ``loss`` and ``remaining`` (local steps): before ``begin``, and again when it changes.
+        """What is needed of ``rate``, ``loss`` and ``remaining`` (local steps), by the schedule or another option.
 
+        Before ``begin``, and again when it changes: the rate before the ``step`` that was taken with it.
         The loss is only known after steps: before the first sync.
         """
         if unknown := set(known) - {"rate", "loss", "remaining"}:
             raise TypeError(f"tell() takes rate, loss and remaining. Received: {sorted(unknown)}")
         self._told |= {name: float(value) for name, value in known.items()}
+
+    def _correction(self, variable: Any) -> np.ndarray:
+        """In the variable's shape; of what is not averaged it stays zero."""
+        shape = tuple(variable.shape)
+        if id(variable) not in self._averaged:
+            return np.zeros(shape)
+        assert self._variates is not None
+        return self._variates.correction(self._memory.place(variable)).reshape(shape)
 
     def _check_told(self, needs: Collection[str]) -> None:
         if missing := sorted(set(needs) - set(self._told)):
@@ -125,19 +147,21 @@ class ModelAverager(Recorded):
 
     def _make_engine(self) -> LocalSGD:
         communicator = self._communicator or devices.get()
-        memory: Any = self._variables
+        memory = self._variables
         pairs: list[tuple[Any, Any]] = []
         if not hasattr(memory, "blocks"):
             if not (averaged := [*memory, *self._statistics]):
                 raise ValueError("The list of variables is empty: there is nothing to average.")
             everything, averaged = averaged, select(averaged, path_of, self.settings.include, self.settings.exclude)
+            self._averaged = set(map(id, averaged))
             pairs = means_and_variances(averaged)
             memory = assemble.memory(communicator, averaged, self.settings, self._statistics)
             memory.prepare(everything if self._broadcast else (), lambda: None)
-        elif self.settings.include or self.settings.exclude or self._statistics:
+        elif self.settings.include or self.settings.exclude or self._statistics or self._variates:
             raise ValueError(
-                "A Memory says itself what it has: include, exclude and statistics are for lists of variables."
+                "A Memory says itself what it has: include, exclude, statistics and control_variates are for lists of variables."
             )
+        self._memory = memory
         return assemble.engine(
             self.settings,
             communicator,
@@ -145,5 +169,6 @@ class ModelAverager(Recorded):
             self._timings,
             finish_at_exit=True,
             pairs=pairs,
+            variates=self._variates,
             reducer=self._reducer,
         )

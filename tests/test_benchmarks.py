@@ -141,6 +141,14 @@ def test_heterogeneous(tmp_path, libsvm):
     assert all(row["suboptimality"] > -1e-6 for row in rows)
 
 
+def test_vrl(tmp_path, libsvm):
+    sizes = ("--sync-every", 20, "--steps", 400, "--batch", 4, "--learning-rates", 0.3)
+    rows = run(tmp_path, "papers/vrl.py", "--data", libsvm[0], "--ranks", 2, *sizes)
+    assert [row["way"] for row in rows] == ["plain", "control variates"]
+    assert 0 < rows[1]["suboptimality"] < rows[0]["suboptimality"]
+    assert [step for step, _ in rows[0]["history"]] == [200, 400]
+
+
 def test_resnet20_is_he_et_als():
     import prsgd_cifar10
 

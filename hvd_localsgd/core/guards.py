@@ -193,22 +193,34 @@ class AnchorMoves(Stage):
 
 
 class Change(Stage):
-    """x_k - x_old goes out, where it is compressed, and is added to x_old when it comes back."""
+    """x_k - x_old goes out, where it is encoded, and is added to x_old when it comes back.
 
-    def __init__(self, anchor: Anchor) -> None:
-        self._anchor = anchor
+    Args:
+        anchor: x_old, the same on all ranks once they have averaged.
+        warm_up: syncs in which nothing is encoded.
+    """
+
+    def __init__(self, anchor: Anchor, warm_up: int) -> None:
+        self._anchor, self._warm_up = anchor, warm_up
+
+    def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
+        """The first syncs are of the weights themselves."""
+        self._rests = now.round <= self._warm_up
 
     def send(self, chunk: Chunk, values: Array) -> Array:
         """The change."""
-        for index, start, stop, offset in () if chunk.exact else chunk.pieces:
+        for index, start, stop, offset in self._pieces(chunk):
             values[offset : offset + stop - start] -= self._anchor.old[index][start:stop]
         return values
 
     def receive(self, chunk: Chunk, values: Array) -> Array:
-        """All ranks have the same x_old, and so the same sum."""
-        for index, start, stop, offset in () if chunk.exact else chunk.pieces:
+        """The same sum on all ranks, on the same x_old."""
+        for index, start, stop, offset in self._pieces(chunk):
             values[offset : offset + stop - start] += self._anchor.old[index][start:stop]
         return values
+
+    def _pieces(self, chunk: Chunk) -> Sequence[tuple[int, int, int, int]]:
+        return () if chunk.exact or self._rests else chunk.pieces
 
 
 def _squared(array: Array, old: np.ndarray) -> float:

@@ -148,6 +148,12 @@ class Settings:
         'ranks that average among themselves every H steps, and with all others at every fourth sync: ``"node"``, lists of ranks, or '
         "``Groups(ranks, every)``.",
     )
+    control_variates: bool = option(
+        False,
+        (False, True),
+        "each rank's gradients are corrected by how much they differ from the mean of all ranks', for ranks with different data (VRL-SGD, "
+        "Liang et al. 2019). Nothing more is sent. Of the optimizer and ``ModelAverager``, with plain SGD.",
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -169,7 +175,7 @@ class Settings:
     @property
     def measures_change(self) -> bool:
         """Whether something is made of the change since the last sync."""
-        return not isinstance(self.outer, Mean) or self.has_anchor
+        return not isinstance(self.outer, Mean) or self.has_anchor or self.control_variates
 
     @property
     def has_anchor(self) -> bool:
@@ -184,11 +190,21 @@ class Settings:
     @property
     def needs(self) -> frozenset[str]:
         """Of rate, loss and what remains, those that somebody looks at."""
-        return self.schedule.needs | getattr(self.outer, "needs", frozenset())
+        variates = frozenset({"rate"} if self.control_variates else ())
+        return self.schedule.needs | getattr(self.outer, "needs", frozenset()) | variates
 
     def get_config(self) -> dict[str, Any]:
         """Name and value of each option."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def others(self) -> dict[str, Any]:
+        """Name and value of each option that is not as it is if nobody says."""
+        config = self.get_config()
+        return {
+            e.name: config[e.name]
+            for e in fields(self)
+            if config[e.name] != e.default and not isinstance(config[e.name], Mean)
+        }
 
     def description(self) -> dict[str, str]:
         """Name and value of each option, in words that are the same on two ranks only if the values are."""
@@ -223,11 +239,10 @@ def _async_adds_one_rank_at_a_time(chosen: Settings) -> str | None:
         return (
             f"mode='async' knows no sync of all ranks to count by. Received: optimizer_state={chosen.optimizer_state!r}"
         )
-    defaults = {each.name: each.default for each in fields(chosen)}
+    others = chosen.others()
     for name, reason in _NEED_ALL_RANKS.items():
-        value = getattr(chosen, name)
-        if value != defaults[name] and not isinstance(value, Mean):
-            return f"mode='async' adds each rank's progress to the average as it comes: {reason}. Received: {name}={value!r}"
+        if name in others:
+            return f"mode='async' adds each rank's progress to the average as it comes: {reason}. Received: {name}={others[name]!r}"
     return None
 
 
@@ -256,13 +271,12 @@ def _fragments_come_in_turn(chosen: Settings) -> str | None:
         "guard": "looks at the change of the whole model",
         "groups": "counts averages of the whole model",
         "interval": "gives ranks different steps, by which fragments would take turns",
+        "variance": "needs means and variances together",
     }
+    others = chosen.others()
     for name, reason in whole.items():
-        value = getattr(chosen, name)
-        if value not in (None, "equal"):
-            return f"fragments average a part of the model at a time, and {name}={value!r} {reason}."
-    if chosen.variance == "pooled":
-        return "fragments average a part of the model at a time: variance='pooled' needs means and variances together."
+        if name in others:
+            return f"fragments average a part of the model at a time, and {name}={others[name]!r} {reason}."
     if isinstance(chosen.optimizer_state, dict):
         return f"fragments have their own period, H. Received: optimizer_state={chosen.optimizer_state!r}"
     if not isinstance(chosen.outer, Outer):
@@ -276,6 +290,28 @@ def _groups_measure_no_outliers(chosen: Settings) -> str | None:
     return None
 
 
+def _variates_are_of_equal_ranks(chosen: Settings) -> str | None:
+    alike = (chosen.mode, chosen.weighting, chosen.interval) == ("sync", "equal", "equal") and chosen.guard is None
+    if chosen.control_variates and not alike:
+        return (
+            "control_variates sum to zero only if all ranks are in each average, count equally and take as many steps: leave mode, "
+            f"weighting, interval and guard as they are. Received: mode={chosen.mode!r}, weighting={chosen.weighting!r}, "
+            f"interval={chosen.interval!r}, guard={chosen.guard!r}"
+        )
+    return None
+
+
+def _variates_need_the_average_itself(chosen: Settings) -> str | None:
+    others = chosen.others()
+    for name in ("outer", "overlap", "fragments", "compression", "groups"):
+        if chosen.control_variates and name in others:
+            return (
+                "control_variates are published for ranks that go on from the average of all, as it is and all at once. "
+                f"Received: {name}={others[name]!r}"
+            )
+    return None
+
+
 # Combinations that cannot work: each says why, or nothing.
 REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
     _async_is_alone,
@@ -284,6 +320,8 @@ REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
     _overlap_ends_in_its_round,
     _fragments_come_in_turn,
     _groups_measure_no_outliers,
+    _variates_are_of_equal_ranks,
+    _variates_need_the_average_itself,
 )
 
 

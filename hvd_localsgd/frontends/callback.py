@@ -69,6 +69,11 @@ class LocalSGDCallback(Recorded, Callback):
     ) -> None:
         super().__init__()
         self.settings = settings.choose(sync_every, options)
+        if self.settings.control_variates:
+            raise ValueError(
+                "control_variates correct each gradient, and a callback sees none: compile the model with "
+                "LocalSGDOptimizer(optimizer, control_variates=True) instead."
+            )
         self._training = False
         self._timings = Timings(timings)
 

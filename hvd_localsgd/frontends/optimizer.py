@@ -93,6 +93,9 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         self.settings = settings.choose(sync_every, options)
         settings.check_needs(self.settings, {"rate"}, type(self).__name__)
         self.inner_optimizer = inner_optimizer
+        self._variates = assemble.variates(self.settings)
+        if self._variates is not None:
+            _check_takes_plain_steps(keras_state.innermost(inner_optimizer))
         self._statistics = tuple(statistics)
         self._timings = Timings(timings)
         self._in_training = False
@@ -115,6 +118,9 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             self._set_next_sync(-1)  # nobody has begun
             if self.settings.weighting == "samples":
                 self._samples = self.add_variable((), "zeros", "int64", "sum", name="samples")
+            if self._variates is not None:  # not saved with a model: a training begins with zeros
+                self._rates = _zeros((), tf.float32)
+                self._corrections = [_zeros(v.shape, v.dtype) for v in self._trainable_variables]
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """The inner optimizer's step; a sync with the other ranks if the round is over."""
@@ -124,9 +130,30 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         dropped = _maybe_merge_call(lambda strategy: self._begin_if_due(), tf.distribute.get_strategy())
         if self.settings.weighting == "samples":
             self._count_batch()
+        rate = self._rate()  # of this step; afterwards a schedule gives the next one's
         if not dropped:
-            self.inner_optimizer.apply(grads, trainable_variables)
-        _maybe_merge_call(self._count_step, tf.distribute.get_strategy(), next(g for g in grads if g is not None))
+            self.inner_optimizer.apply(self._corrected(grads, trainable_variables), trainable_variables)
+        gradient = next(g for g in grads if g is not None)
+        _maybe_merge_call(self._count_step, tf.distribute.get_strategy(), gradient, rate)
+
+    def _corrected(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None) -> Sequence[Any]:
+        """With ``control_variates``, gradient - correction, dense, since a correction is.
+
+        On the scale of the gradients: that of the loss, and a share of it on each replica of a strategy, which are summed.
+        """
+        if self._variates is None:
+            return grads
+        share = 1 / tf.distribute.get_strategy().num_replicas_in_sync
+        corrected = []
+        for gradient, variable in zip(grads, trainable_variables or self._trainable_variables, strict=True):
+            if gradient is not None:
+                correction = self._corrections[self._get_variable_index(variable)] * share
+                gradient = tf.convert_to_tensor(gradient) - self.scale_loss(correction)
+            corrected.append(gradient)
+        return corrected
+
+    def _rate(self) -> Any:
+        return keras.ops.convert_to_tensor(self.learning_rate, "float32") if self._variates is not None else ()
 
     def count_samples(self, samples: Any) -> None:
         """For ``weighting="samples"`` in a loop of your own: the step that comes next is on so many (an integer, scalar)."""
@@ -149,7 +176,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             )
         self._samples.value.assign_add(tf.shape(keras.tree.flatten(data)[0], out_type=tf.int64)[0])
 
-    def _count_step(self, strategy: Any, gradient: Any = ()) -> None:
+    def _count_step(self, strategy: Any, gradient: Any, rate: Any) -> None:
         """In cross-replica context, once per step in which every replica has taken part.
 
         A graph must not count before there is a gradient: where data end it is run once more, and stops when it asks for a batch.
@@ -158,6 +185,8 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             tf.nest.flatten(strategy.experimental_local_results(gradient), expand_composites=True)
         ):
             self._steps.value.assign_add(1)
+            if self._variates is not None:
+                self._rates.assign_add(strategy.experimental_local_results(rate)[0])
         due = self._steps.value >= self._next_sync.value
         if not tf.executing_eagerly():
             graph.call_if(due, self._end_of_round, self._touched(), self._memory)
@@ -185,7 +214,21 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         samples = self._samples_so_far()
         self._engine.step(self._updates() - self._engine.progress.total, samples - self._counted)
         self._counted = samples
+        if self._variates is not None:
+            self._variates.count(float(components(self._rates)[0].numpy()) / self._steps_per_update)
+            _assign(self._rates, 0.0)
         self._timings.lap("compute")
+
+    def _settle(self) -> None:
+        """After each average: optimizer state as the policy says, and the corrections."""
+        if self._resets:
+            self._state.reset()
+        self._put_corrections()
+
+    def _put_corrections(self) -> None:
+        if self._variates is not None:
+            for place, correction in self._places:
+                _assign(correction, self._variates.correction(place).reshape(tuple(correction.shape)))
 
     def _samples_so_far(self) -> int:
         return sum(int(components(v)[0].numpy()) for v in self._counters()[2:])
@@ -196,7 +239,8 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
     def _touched(self) -> list[Any]:
         """Every variable that a sync reads or writes."""
         state = self._state.variables if self._resets else []
-        return [*self._memory.variables, *state, *self._counters()]
+        variates = [self._rates, *self._corrections] if self._variates is not None else []
+        return [*self._memory.variables, *state, *self._counters(), *variates]
 
     def _notice_loss_scaling(self) -> None:
         """Under mixed_float16 Keras puts the optimizer that it is given into a LossScaleOptimizer.
@@ -215,7 +259,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         def skip_and_count() -> None:
             skip()
             self._begin_if_due()
-            self._count_step(tf.distribute.get_strategy())
+            self._count_step(tf.distribute.get_strategy(), (), self._rate())
 
         wrapper._stateful_handle_non_finite_grads = skip_and_count
 
@@ -256,9 +300,11 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         self._tell()
         moved = self._engine.begin(self._updates(), context)  # more than zero after loading from a file
         self._in_training, self._take_back = True, None
+        if self._variates is not None:
+            _assign(self._rates, 0.0)
+            self._put_corrections()
         if self._engine.progress.total != self._updates():  # rank 0 has taken other steps
-            for part in components(self._steps):
-                part.assign(self._engine.progress.total * self._steps_per_update)
+            _assign(self._steps, self._engine.progress.total * self._steps_per_update)
         self._counted = self._samples_so_far()
         self._set_next_sync()
         if devices.rank() == 0:
@@ -294,16 +340,17 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
                 self._timings,
                 finish_at_exit=not compiled,
                 pairs=means_and_variances(averaged),
+                variates=self._variates,
             )
             self._engine.count_pending = self._take_steps
-        self._memory.prepare(self._start(), self._reset(), self._statistics)
+            if self._variates is not None:
+                sent, pairs = set(map(id, averaged)), zip(self._trainable_variables, self._corrections, strict=True)
+                self._places = [(self._memory.place(v), correction) for v, correction in pairs if id(v) in sent]
+        self._memory.prepare(self._start(), self._settle, self._statistics)
 
     @property
     def _resets(self) -> bool:
         return keras_state.resets(self.settings, self.inner_optimizer)
-
-    def _reset(self) -> Callable[[], None]:
-        return self._state.reset if self._resets else lambda: None
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """The end of training: wait for the slowest rank, average once more, print the table on rank 0."""
@@ -328,8 +375,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             updates = min(
                 self._engine.progress.total + self._engine.progress.next_step, sys.maxsize // self._steps_per_update
             )
-        for part in components(self._next_sync):
-            part.assign(updates * self._steps_per_update)
+        _assign(self._next_sync, updates * self._steps_per_update)
 
     # Everything else is the inner optimizer's.
 
@@ -372,8 +418,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
                 variable.assign(store[variable.name])
         self._in_training = False
         if self.built:
-            for part in components(self._next_sync):  # which a LossScaleOptimizer around this one has loaded too
-                part.assign(-1)
+            _assign(self._next_sync, -1)  # which a LossScaleOptimizer around this one has loaded too
         elif left := saved - {variable.name for variable in self._variables}:
             warnings.warn(
                 f"The file has more of {self.name!r} than is loaded ({', '.join(sorted(left))}), because the optimizer is "
@@ -397,6 +442,27 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects) for key in config
         }
         return cls(**made)
+
+
+def _zeros(shape: Sequence[int], dtype: Any) -> tf.Variable:
+    """Under a strategy one on each replica, all of the same value."""
+    zeros = tf.zeros(tuple(shape), dtype)
+    return tf.Variable(zeros, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+
+
+def _assign(variable: Any, value: Any) -> None:
+    for part in components(variable):
+        part.assign(value)
+
+
+def _check_takes_plain_steps(optimizer: keras.optimizers.Optimizer) -> None:
+    momentum = getattr(optimizer, "momentum", 0)
+    if not isinstance(optimizer, keras.optimizers.SGD) or momentum:
+        has = f" with momentum={momentum}" if momentum else ""
+        raise ValueError(
+            "control_variates take a rank's way since the last sync for the sum of its gradients times the rate, which it is with plain "
+            f"SGD: use keras.optimizers.SGD without momentum. Received: {type(optimizer).__name__}{has}"
+        )
 
 
 def _refuse_xla() -> None:

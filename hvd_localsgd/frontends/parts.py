@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 
+from hvd_localsgd.core.groups import Groups
 from hvd_localsgd.core.guards import Norms, Outliers
 from hvd_localsgd.core.outer import OUTERS, Mean, Nesterov, SlowMo
 from hvd_localsgd.core.schedules import (
@@ -30,6 +31,7 @@ __all__ = [
     "Auto",
     "Constant",
     "Function",
+    "Groups",
     "Growing",
     "Join",
     "Mean",
@@ -48,5 +50,5 @@ __all__ = [
     "Warmup",
 ]
 
-for _part in (*SCHEDULES, *OUTERS, Names, Norms, Outliers):
+for _part in (*SCHEDULES, *OUTERS, Names, Groups, Norms, Outliers):
     keras.saving.register_keras_serializable("hvd_localsgd")(_part)

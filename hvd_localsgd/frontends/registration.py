@@ -28,6 +28,7 @@ SAVED = (
     "Nesterov",
     "Norms",
     "OneShot",
+    "Groups",
     "Outliers",
     "PostLocal",
     "QuadraticSync",

@@ -1,5 +1,6 @@
 """Two logical CPU devices on each rank: gradients averaged inside at every step, weights outside every H steps."""
 
+import contextlib
 import os
 
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
@@ -73,6 +74,20 @@ for batch in strategy.experimental_distribute_dataset(dataset):
     train_step(*batch)
 optimizer.finalize_variable_values(model.trainable_variables)
 assert_like_reference(model)
+
+
+# Control variates: the same on replicas, whose gradients are summed, as on a rank of one device (which its own tests look at).
+ends = []
+for scope in (strategy.scope(), contextlib.nullcontext()):
+    with scope:
+        inner = keras.optimizers.SGD(0.05)
+        model = reference.compiled(
+            lsgd.LocalSGDOptimizer(inner, INTERVAL, control_variates=True), batch_normalization=False
+        )
+    model.fit(x, y, **fit)
+    ends.append(model.get_weights())
+for replicated, alone in zip(*ends, strict=True):
+    np.testing.assert_allclose(replicated, alone, rtol=1e-5, atol=1e-6)
 
 
 class Replicas(keras.callbacks.Callback):

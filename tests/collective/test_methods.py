@@ -1,0 +1,282 @@
+"""Every option, and every pair of them, against the whole protocol written a second time in numpy.
+
+METHODS lists what there is. A pair either works, on any number of ranks and in each front end, or is refused for a reason.
+"""
+
+import itertools
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+from hvd_localsgd.core import compression
+from hvd_localsgd.core.settings import Settings
+
+H, STEPS, RATE = 6, 31, 0.1
+SIZE, STATISTICS = 700, 40  # weights, in two arrays, and statistics
+PLAIN = slice(SIZE, SIZE + STATISTICS)
+
+METHODS = {
+    "sync_every": ["growing"],
+    "outer": ["diloco", "slowmo"],
+    "compression": ["bf16", "fp16", "int8"],
+    "overlap": [1],
+    "fragments": [2, 3, 9],
+    "groups": ["halves"],
+    "clip_change": [0.05],
+    "guard": ["norms"],
+    "variance": ["pooled"],
+}
+# Why: the texts of the refusals say it, and docs/methods.
+REFUSED = {
+    ("sync_every", "fragments"),
+    ("fragments", "guard"),
+    ("fragments", "groups"),
+    ("fragments", "variance"),
+    ("groups", "guard"),
+}
+SINGLE = [{name: value} for name, values in METHODS.items() for value in values]
+PAIRS = [one | other for one, other in itertools.combinations(SINGLE, 2) if set(one).isdisjoint(other)]
+
+
+def is_refused(options):
+    steps_between = H // options.get("fragments", 1)
+    return tuple(options) in REFUSED or 0 < steps_between <= options.get("overlap", 0)
+
+
+def halves(size):
+    return [list(range(size // 2)), list(range(size // 2, size))] if size > 1 else [[0]]
+
+
+def arguments(lsgd, options):
+    chosen = {"sync_every": H, **options}
+    if chosen["sync_every"] == "growing":
+        chosen["sync_every"] = lsgd.SyncSteps([4, 11, 19])
+    if "groups" in chosen:
+        chosen["groups"] = lsgd.Groups(halves(lsgd.size()), every=2)
+    return chosen
+
+
+def gradients(rank, step, x):
+    """Pulls each rank to a place of its own, with noise."""
+    random = np.random.default_rng([rank, step])
+    pull = x - np.linspace(-1, 1, x.size, dtype=x.dtype) * (rank + 1)
+    return (pull + 0.3 * random.normal(size=x.size)).astype(x.dtype)
+
+
+# The protocol, once more.
+
+
+class Reference:
+    """All ranks in one process, in float64. ``x`` of shape (ranks, elements): weights, then statistics."""
+
+    def __init__(self, start, size, options):
+        self.x = np.repeat(start[None].astype("float64"), size, axis=0)
+        self.size, self.options, self.flight = size, options, None
+        self.old, self.u = self.x[0].copy(), np.zeros(start.size)
+        self.syncs = 0
+        self.fragments = options.get("fragments", 1)
+        n = start.size
+        self.owner = np.concatenate(
+            [np.full(n * (p + 1) // self.fragments - n * p // self.fragments, p) for p in range(self.fragments)]
+        )
+        self.counted = np.zeros(size, bool)
+
+    def is_due(self, step):
+        """The fragments whose turn has come at this step; or everything, or nothing."""
+        if self.options.get("sync_every") == "growing":
+            return [0] if step in (4, 11, 19) else []
+        turns = range((step - 1) * self.fragments // H, step * self.fragments // H)
+        return [turn % self.fragments for turn in turns]
+
+    def after_step(self, step):
+        if self.flight is not None and (step == self.flight[0] or self.is_due(step)):
+            self.land()
+        if due := self.is_due(step):
+            self.sync(step, np.isin(self.owner, due), at_end=False)
+
+    def finish(self, step):
+        self.land()
+        whole = self.fragments == 1 and ("groups" not in self.options or self.syncs % 2 == 0)
+        if not (whole and self.is_due(step)):
+            self.sync(step, np.ones(self.owner.size, bool), at_end=True)
+
+    def land(self):
+        if self.flight is not None:
+            _, due, started, new = self.flight
+            moved = self.x - started
+            moved[:, PLAIN] = 0  # statistics are as they come
+            self.x = np.where(due, new + moved, self.x)
+            self.flight = None
+
+    def sync(self, step, due, at_end):
+        self.syncs += 1
+        groups = halves(self.size)
+        world = "groups" not in self.options or self.syncs % 2 == 0 or at_end
+        new = self.x.copy()
+        for ranks in [list(range(self.size))] if world else groups:
+            new[ranks] = self.outer_step(self.average(self.x[ranks]), due) if world else self.average(self.x[ranks])
+        if world:
+            self.old = np.where(due, new[0], self.old)
+        self.flight = step + self.options.get("overlap", 0), due, self.x.copy(), new
+        if at_end or not self.options.get("overlap"):
+            self.land()
+
+    def average(self, x):
+        weights = np.full(len(x), 1 / len(x))
+        if self.options.get("guard") == "norms":
+            norms = np.array([np.linalg.norm((own - self.old)[:SIZE]) for own in x])
+            weights = np.exp(-norms) / np.exp(-norms).sum()
+        mean = weights @ x
+        if self.options.get("variance") == "pooled":
+            mean[SIZE + 20 :] += weights @ x[:, SIZE : SIZE + 20] ** 2 - mean[SIZE : SIZE + 20] ** 2
+        return mean
+
+    def outer_step(self, mean, due):
+        """On the weights that are due; statistics are averaged and no more."""
+        new, own = mean.copy(), due.copy()
+        own[PLAIN] = False
+        if limit := self.options.get("clip_change"):
+            norm = np.linalg.norm((mean - self.old)[own])
+            new[own] = self.old[own] + (mean - self.old)[own] * min(1, limit / norm)
+        delta = (self.old - new)[own]
+        if self.options.get("outer") == "diloco":
+            self.u[own] = 0.9 * self.u[own] + delta
+            new[own] = self.old[own] - 0.7 * (delta + 0.9 * self.u[own])
+        elif self.options.get("outer") == "slowmo":
+            self.u[own] = 0.5 * self.u[own] + delta / RATE
+            new[own] = self.old[own] - RATE * self.u[own]
+        return new
+
+
+def expected_of(size, options, start, step_of):
+    reference = Reference(start, size, options)
+    for step in range(1, STEPS + 1):
+        for rank in range(size):
+            reference.x[rank] = step_of(rank, step, reference.x[rank])
+        reference.after_step(step)
+    reference.finish(STEPS)
+    return reference.x
+
+
+def tolerance(options):
+    """Encoding loses a part of every change, and makes up for it a round later."""
+    return {None: 2e-5, "bf16": 0.01, "fp16": 0.002, "int8": 0.02}[options.get("compression")]
+
+
+def local_step(rank, step, x):
+    changed = x.copy()
+    changed[:SIZE] -= RATE * gradients(rank, step, x)[:SIZE]
+    statistics = np.abs(np.random.default_rng([7, rank, step]).normal(size=STATISTICS)).astype(x.dtype)
+    changed[PLAIN] = 0.9 * x[PLAIN] + 0.1 * statistics
+    return changed
+
+
+@pytest.fixture(autouse=True)
+def small_variables_are_worth_it(monkeypatch):
+    monkeypatch.setattr(compression, "SMALL", 1)
+    monkeypatch.setenv("HVD_LOCALSGD_CHUNK_MB", "0.001")
+
+
+def words(options):
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+@pytest.mark.parametrize("options", [{}, *SINGLE, *PAIRS], ids=words)
+def test_each_method_and_each_pair_is_numpys(lsgd, gather, options):
+    chosen = arguments(lsgd, options)
+    if is_refused(options):
+        with pytest.raises(ValueError, match=r"fragments|overlap|groups|guard"):
+            Settings(**chosen)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an outer step with rounds of different lengths, ranks left out
+        run(lsgd, gather, options, chosen)
+
+
+def run(lsgd, gather, options, chosen):
+    start = np.random.default_rng(5).uniform(0.1, 1, SIZE + STATISTICS).astype("float32")
+    own = [start[:500].reshape(20, 25).copy(), start[500:SIZE].copy()]
+    statistics = [Named(start[SIZE : SIZE + 20], "a/moving_mean"), Named(start[SIZE + 20 :], "a/moving_variance")]
+    pieces = [*own, *statistics]
+    averager = lsgd.ModelAverager(own, statistics=statistics, **chosen)
+    averager.tell(rate=RATE)
+    with averager:
+        for step in range(1, STEPS + 1):
+            x = local_step(lsgd.rank(), step, np.concatenate([piece.reshape(-1) for piece in pieces]))
+            for piece, stop in zip(pieces, np.cumsum([piece.size for piece in pieces]), strict=True):
+                piece[...] = x[stop - piece.size : stop].reshape(piece.shape)
+            averager.step()
+    result = np.concatenate([np.asarray(piece).reshape(-1) for piece in pieces])
+    assert len({each.tobytes() for each in gather(result)}) == 1, "all ranks end with the same bits"
+    assert all(piece.dtype == np.float32 for piece in pieces)
+    assert (result[SIZE + 20 :] > 0).all(), "a variance is positive"
+    expected = expected_of(lsgd.size(), options, start, local_step)
+    bound = tolerance(options)
+    np.testing.assert_allclose(result, expected[lsgd.rank()], rtol=bound, atol=bound * np.abs(expected).max())
+
+
+class Named(np.ndarray):
+    """An array with a name, which tells means and variances."""
+
+    def __new__(cls, values, path):
+        self = np.array(values).view(cls)
+        self.path = path
+        return self
+
+
+# The same in fit.
+
+
+def linear_step(data):
+    def step_of(rank, step, x):
+        inputs, targets = data(rank)
+        batch = slice(8 * (step - 1), 8 * step)
+        a, y = inputs[batch], targets[batch]
+        error = a @ x[:4, None] + x[4] - y
+        changed = x.copy()
+        changed[:4] -= RATE * 2 * (a * error).mean(0)
+        changed[4] -= RATE * 2 * error.mean()
+        return changed
+
+    return step_of
+
+
+def data(rank):
+    random = np.random.default_rng([11, rank])
+    inputs = random.normal(size=(8 * STEPS, 4)).astype("float32")
+    return inputs, (inputs.sum(1, keepdims=True) + 0.3 * rank).astype("float32")
+
+
+IN_FIT = [one for one in [{}, *SINGLE] if "guard" not in one and "variance" not in one]
+
+
+@pytest.mark.parametrize("front_end", ["callback", "optimizer"])
+@pytest.mark.parametrize("options", [*IN_FIT, {"overlap": 1, "outer": "diloco", "fragments": 2}], ids=words)
+def test_each_method_in_fit(lsgd, gather, monkeypatch, options, front_end):
+    monkeypatch.setattr("tests.collective.test_methods.SIZE", 5)
+    monkeypatch.setattr("tests.collective.test_methods.PLAIN", slice(5, 5))
+    chosen = arguments(lsgd, options)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.set_weights([np.full((4, 1), 0.2, "float32"), np.zeros(1, "float32")])
+    inner = keras.optimizers.SGD(RATE)
+    callbacks = [lsgd.LocalSGDCallback(**chosen)] if front_end == "callback" else []
+    model.compile(inner if callbacks else lsgd.LocalSGDOptimizer(inner, **chosen), "mse")
+    model.fit(*data(lsgd.rank()), batch_size=8, shuffle=False, verbose=0, callbacks=callbacks)
+    result = np.concatenate([weight.reshape(-1) for weight in model.get_weights()])
+    assert len({each.tobytes() for each in gather(result)}) == 1
+    start = np.array([0.2, 0.2, 0.2, 0.2, 0.0])
+    expected = expected_of(lsgd.size(), options, start, linear_step(data))
+    np.testing.assert_allclose(result, expected[lsgd.rank()], rtol=tolerance(options), atol=tolerance(options))
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("options", SINGLE, ids=words)
+def test_each_method_is_saved(lsgd, options):
+    chosen = arguments(lsgd, options)
+    optimizer = lsgd.LocalSGDOptimizer(keras.optimizers.SGD(RATE), **chosen)
+    config = keras.saving.serialize_keras_object(optimizer)
+    other = keras.saving.deserialize_keras_object(config)
+    assert other.settings.description() == optimizer.settings.description()
+    assert lsgd.LocalSGDCallback(**chosen).settings.description() == optimizer.settings.description()
