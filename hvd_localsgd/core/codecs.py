@@ -55,6 +55,8 @@ class _Scaled:
             np.multiply(blocks, inverse[:, None], out=scaled)
             self._round(scaled.reshape(-1), of)
             own /= self._top
+            if self._top > 1:
+                np.nextafter(own, np.float32(0), out=own)  # or the largest number of all would come back as infinity
             self._widen(of, scaled.reshape(-1))
             scaled *= own[:, None]
             blocks -= scaled

@@ -65,7 +65,7 @@ Place = tuple[int, int, int]  # block, start, stop
 class PooledVariance(Stage):
     """v + (m - m_0)^2 goes out in place of v, and (m - m_0)^2 of the average is taken off what comes back.
 
-    That is mean(v) + mean(m^2) - mean(m)^2, the variance of all ranks' data together. m_0 is the mean after the last sync: without
+    That is mean(v) + mean(m^2) - mean(m)^2, the variance of all ranks' data together. m_0 is the mean after the last sync of all: without
     it the squares of large means would swallow small variances.
 
     Args:
@@ -81,12 +81,14 @@ class PooledVariance(Stage):
 
     def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
         """Out goes the second moment."""
+        self._all_have_it = now.world
         self._add(arrays, 1)
 
     def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
         """What came back becomes a variance."""
         self._add(arrays, -1)
-        self.start((), arrays)
+        if self._all_have_it:
+            self.start((), arrays)
 
     def _add(self, arrays: Sequence[Array], sign: int) -> None:
         for ((block, start, stop), (other, first, last)), mean in zip(self._pairs, self._means, strict=True):

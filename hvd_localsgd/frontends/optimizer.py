@@ -211,8 +211,8 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             self._engine.tell(rate=float(np.asarray(self.learning_rate)))
 
     def _take_steps(self) -> None:
-        samples = self._samples_so_far()
-        self._engine.step(self._updates() - self._engine.progress.total, samples - self._counted)
+        samples, known = self._samples_so_far(), self._engine.progress
+        self._engine.step(self._updates() - known.total - known.steps, samples - self._counted)
         self._counted = samples
         if self._variates is not None:
             self._variates.count(float(components(self._rates)[0].numpy()) / self._steps_per_update)

@@ -106,7 +106,10 @@ class Reference:
         if self.flight is not None:
             _, due, started, new = self.flight
             moved = self.x - started
-            moved[:, PLAIN] = 0  # statistics are as they come
+            if self.size > 1 or set(self.options) & {"outer", "compression", "clip_change", "guard", "variance"}:
+                moved[:, PLAIN] = (
+                    0  # statistics are as they come; one rank alone, with nothing to do, waits for nothing
+                )
             self.x = np.where(due, new + moved, self.x)
             self.flight = None
 
