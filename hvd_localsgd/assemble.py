@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from hvd_localsgd.backends import native
 from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.core import compression, guards, protocol, reducers, stages
-from hvd_localsgd.core.codecs import CODECS
 from hvd_localsgd.core.compression import Encoded
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.groups import Grouped
@@ -166,7 +166,7 @@ class _Channels:
     def _encoded(self, communicator: Communicator, plain: Library) -> Reducer:
         if self._settings.compression is None:
             return plain
-        codec = CODECS[self._settings.compression]
+        codec = native.codec(self._settings.compression)
         return Encoded(communicator, codec, plain, _warm_up(self._settings))
 
     def _part(self, communicator: Communicator, groups: Sequence[Sequence[int]]) -> Communicator:

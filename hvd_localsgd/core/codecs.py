@@ -13,6 +13,7 @@ import numpy as np
 
 BLOCK = 512  # numbers with a scale of their own
 _STRETCH = 128 * BLOCK  # stays in cache
+_HALF = np.float32(0.5)
 
 
 class Codec(Protocol):
@@ -21,8 +22,8 @@ class Codec(Protocol):
     def bytes(self, elements: int) -> int:
         """So many numbers, a multiple of ``BLOCK``, as so many bytes."""
 
-    def encode(self, values: np.ndarray, raw: np.ndarray) -> None:
-        """``values`` (float32) into ``raw`` (uint8); afterwards ``values`` is what was lost."""
+    def encode(self, values: np.ndarray, raw: np.ndarray) -> tuple[float, float]:
+        """``values`` (float32) into ``raw`` (uint8); afterwards ``values`` is what was lost. The squared norms of both."""
 
     def decode(self, raw: np.ndarray, values: np.ndarray) -> None:
         """What was encoded into ``values``, which may be shorter: the same bits on every machine."""
@@ -31,7 +32,7 @@ class Codec(Protocol):
         """Likewise, added to ``values``."""
 
 
-class _Scaled:
+class Scaled:
     """A scale for each block, then its numbers in [-1, 1] times ``_top``, in a dtype of fewer bits."""
 
     _dtype: np.dtype
@@ -41,12 +42,15 @@ class _Scaled:
         """Scales in front."""
         return elements // BLOCK * 4 + elements * self._dtype.itemsize
 
-    def encode(self, values: np.ndarray, raw: np.ndarray) -> None:
+    def encode(self, values: np.ndarray, raw: np.ndarray) -> tuple[float, float]:
         """Stretch by stretch."""
-        scales, codes = self._split(raw)
+        squared, lost = 0.0, 0.0
+        scales, codes = self.split(raw)
         scratch = np.empty(min(_STRETCH, values.size), np.float32)
         for start in range(0, values.size, _STRETCH):
-            blocks = values[start : start + _STRETCH].reshape(-1, BLOCK)
+            stretch = values[start : start + _STRETCH]
+            blocks = stretch.reshape(-1, BLOCK)
+            squared += float(stretch.dot(stretch))
             own, of = scales[start // BLOCK :][: len(blocks)], codes[start : start + blocks.size]
             np.maximum(blocks.max(1), -blocks.min(1), out=own)
             inverse = np.zeros_like(own)  # a block whose inverse overflows is sent as zeros
@@ -60,6 +64,8 @@ class _Scaled:
             self._widen(of, scaled.reshape(-1))
             scaled *= own[:, None]
             blocks -= scaled
+            lost += float(stretch.dot(stretch))
+        return squared, lost
 
     def decode(self, raw: np.ndarray, values: np.ndarray) -> None:
         """Stretch by stretch."""
@@ -74,7 +80,7 @@ class _Scaled:
             own += numbers[: own.size]
 
     def _numbers(self, raw: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        scales, codes = self._split(raw)
+        scales, codes = self.split(raw)
         scratch = np.empty(min(_STRETCH, codes.size), np.float32)
         for start in range(0, codes.size, _STRETCH):
             of = codes[start : start + _STRETCH]
@@ -84,7 +90,8 @@ class _Scaled:
             blocks *= scales[start // BLOCK :][: len(blocks), None]
             yield start, numbers
 
-    def _split(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def split(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Its scales, and its numbers."""
         per_block = 4 + BLOCK * self._dtype.itemsize
         scales = raw.size // per_block * 4
         return raw[:scales].view(np.float32), raw[scales:].view(self._dtype)
@@ -96,7 +103,7 @@ class _Scaled:
         np.copyto(values, codes)
 
 
-class Int8(_Scaled):
+class Int8(Scaled):
     """-127 to 127, rounded to the nearest."""
 
     _dtype, _top = np.dtype(np.int8), np.float32(127)
@@ -106,23 +113,21 @@ class Int8(_Scaled):
         np.copyto(codes, scaled, casting="unsafe")
 
 
-class Fp16(_Scaled):
+class Fp16(Scaled):
     """Eleven significant bits. The bits are shifted by hand: numpy's own cast takes ten times as long on some machines."""
 
     _dtype = np.dtype(np.uint16)
-    _SHRINK = np.float32(
-        2.0**-112
-    )  # moves float32's exponents to where float16's are, and rounds what becomes too small
 
     def _round(self, scaled: np.ndarray, codes: np.ndarray) -> None:
-        sign = (scaled.view(np.uint32) >> 16) & 0x8000
-        scaled *= self._SHRINK
         bits = scaled.view(np.uint32)
+        sign = (bits >> 16) & 0x8000
         bits &= 0x7FFFFFFF
-        bits += 0xFFF + ((bits >> 13) & 1)
+        # Numbers too small for float16's exponents are rounded by an addition that shifts their bits to where they belong.
+        small = (scaled + _HALF).view(np.uint32) - _HALF.view(np.uint32)
+        is_small = bits < 113 << 23
+        bits += 0xC8000FFF + ((bits >> 13) & 1)
         bits >>= 13
-        bits |= sign
-        np.copyto(codes, bits, casting="unsafe")
+        np.copyto(codes, np.where(is_small, small, bits) | sign, casting="unsafe")
 
     def _widen(self, codes: np.ndarray, values: np.ndarray) -> None:
         bits = values.view(np.uint32)
@@ -130,10 +135,10 @@ class Fp16(_Scaled):
         sign = (bits & 0x10000000) << 3
         bits &= 0x0FFFFFFF
         bits |= sign
-        values *= np.float32(2.0**112)
+        values *= np.float32(2.0**112)  # from where float16's exponents are to float32's
 
 
-class Bf16(_Scaled):
+class Bf16(Scaled):
     """Eight significant bits: the upper half of float32, rounded to the nearest even."""
 
     _dtype = np.dtype(np.uint16)
@@ -148,4 +153,4 @@ class Bf16(_Scaled):
         np.left_shift(codes, 16, out=values.view(np.uint32), dtype=np.uint32, casting="unsafe")
 
 
-CODECS: dict[str, Codec] = {"bf16": Bf16(), "fp16": Fp16(), "int8": Int8()}
+CODECS: dict[str, Scaled] = {"bf16": Bf16(), "fp16": Fp16(), "int8": Int8()}

@@ -66,15 +66,14 @@ class Encoded:
         change, total = self._own[chunk.number], self._sums[chunk.number]  # they begin with what the last sync has lost
         raw = codec.bytes(total.size)
         outgoing, incoming = (each[: size * raw].reshape(size, raw) for each in (self._outgoing, self._incoming))
-        self._moved += float(values.dot(values))
         change[: values.size] += values
         parts = change.reshape(size, -1)
         total += parts[rank]
         parts[rank] = 0  # it is not sent
         for other in range(size):
             if other != rank:
-                codec.encode(parts[other], outgoing[other])
-        self._lost += float(change.dot(change))
+                moved, lost = codec.encode(parts[other], outgoing[other])
+                self._moved, self._lost = self._moved + moved, self._lost + lost
         self.communicator.alltoall(outgoing, incoming)
         for other in range(size):
             if other != rank:
@@ -100,7 +99,7 @@ class Encoded:
 
     @property
     def error(self) -> float:
-        """Of what this rank sent; what the sums lose is not in it."""
+        """Of what this rank had to send to others; what the sums lose is not in it."""
         return math.sqrt(self._lost / self._moved) if self._moved else 0.0
 
     def free(self) -> None:
