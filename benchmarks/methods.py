@@ -22,12 +22,40 @@ import hvd_localsgd as lsgd
 METHODS: dict[str, Callable[[], dict[str, Any]]] = {
     "H = 1": lambda: {"sync_every": 1},
     "H = 4": lambda: {"sync_every": 4},
+    "H = 16": lambda: {"sync_every": 16},
+    "H = 16, bf16": lambda: {"sync_every": 16, "compression": "bf16"},
+    "H = 16, fp16": lambda: {"sync_every": 16, "compression": "fp16"},
+    "H = 16, int8": lambda: {"sync_every": 16, "compression": "int8"},
+    "H = 16, overlap": lambda: {"sync_every": 16, "overlap": 8},
+    "H = 16, overlap, thrown away": lambda: {"sync_every": 16, "overlap": 8},
+    "H = 16, 4 fragments": lambda: {"sync_every": 16, "fragments": 4},
+    "H = 16, groups": lambda: {"sync_every": 16, "groups": lsgd.Groups(pairs(), every=4)},
     "H = 32": lambda: {"sync_every": 32},
     "H = 32, SlowMo": lambda: {"sync_every": 32, "outer": lsgd.SlowMo(0.5, 0.8)},
     "H = 32, Nesterov": lambda: {"sync_every": 32, "outer": lsgd.Nesterov(0.7, 0.7)},
     "H = 1, then 32": lambda: {"sync_every": lsgd.PostLocal("0.5dur", 32)},
     "auto": lambda: {"sync_every": "auto"},
 }
+
+
+def pairs() -> list[list[int]]:
+    """Groups of two ranks."""
+    return [list(range(first, min(first + 2, lsgd.size()))) for first in range(0, lsgd.size(), 2)]
+
+
+class ThrownAway(lsgd.LocalSGDCallback):
+    """Overlap as others have it: what was learned while the average was on its way is thrown away."""
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """x <- average + (x - x_s), of which x - x_s is taken off again."""
+        before = self.model.get_weights()
+        super().on_train_batch_end(batch, logs)
+        interval, overlap, step = self.settings.schedule.interval(lsgd.Now(0)), self.settings.overlap, batch + 1
+        if step % interval == 0:
+            self.sent = before
+        elif step % interval == overlap and step > interval:
+            weights = zip(self.model.get_weights(), before, self.sent, strict=True)
+            self.model.set_weights([new - (own - sent) for new, own, sent in weights])
 
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
@@ -70,14 +98,15 @@ def best(name: str, data: dict[str, Any], arguments: argparse.Namespace) -> dict
     for rate in arguments.learning_rates:
         seeds = [run_one(name, rate, seed, data, arguments) for seed in range(arguments.repeats)]
         accuracies = [row["accuracy"] for row in seeds]
-        middle = {key: float(np.median([row[key] for row in seeds])) for key in seeds[0]}
+        histories = np.median([row.pop("history") for row in seeds], axis=0).tolist()
+        middle = {key: float(np.median([row[key] for row in seeds])) for key in seeds[0]} | {"history": histories}
         rows.append(middle | {"least": min(accuracies), "most": max(accuracies), "rate": rate, "way": name})
     from hvd_localsgd import devices
 
     return max(rows, key=lambda row: row["accuracy"]) | {"ranks": devices.get().size, "repeats": arguments.repeats}
 
 
-def run_one(name: str, rate: float, seed: int, data: dict[str, Any], arguments: argparse.Namespace) -> dict[str, float]:
+def run_one(name: str, rate: float, seed: int, data: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """Train once."""
     import warnings
 
@@ -90,7 +119,8 @@ def run_one(name: str, rate: float, seed: int, data: dict[str, Any], arguments: 
     model.compile(keras.optimizers.SGD(rate), loss, metrics=["accuracy"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of rounds that grow, which are the point
-        callback = lsgd.LocalSGDCallback(**METHODS[name]())
+        kind = ThrownAway if "thrown away" in name else lsgd.LocalSGDCallback
+        callback = kind(**METHODS[name]())
     fit = model.fit(
         data["x_train"],
         data["y_train"],
@@ -104,6 +134,7 @@ def run_one(name: str, rate: float, seed: int, data: dict[str, Any], arguments: 
         "accuracy": tested["accuracy"],
         "test loss": tested["loss"],
         "train loss": fit.history["loss"][-1],
+        "history": fit.history["loss"],
         "syncs": callback.totals[0]["syncs"],
         "megabytes": callback.totals[0]["bytes"] / 1e6,
         "steps": callback.totals[0]["steps"],
@@ -111,15 +142,18 @@ def run_one(name: str, rate: float, seed: int, data: dict[str, Any], arguments: 
 
 
 def draw(figure: Any, rows: report.Rows) -> None:
-    """Test accuracy against syncs."""
-    panel = figure.add_subplot()
+    """Test accuracy against syncs, and the training loss of each epoch."""
+    panel, losses = figure.subplots(1, 2)
     for row in rows:
+        losses.semilogy(range(1, len(row["history"]) + 1), row["history"], label=row["way"])
         spread = [[row["accuracy"] - row["least"]], [row["most"] - row["accuracy"]]]
         panel.errorbar([row["syncs"]], [row["accuracy"]], spread, fmt="o", label=row["way"])
     panel.set_xscale("log")
     panel.set_xlabel("syncs")
     panel.set_ylabel("test accuracy, least to most of the seeds")
-    panel.legend(frameon=False)
+    losses.set_xlabel("epoch")
+    losses.set_ylabel("training loss")
+    losses.legend(frameon=False, fontsize=7)
 
 
 def main() -> int:

@@ -65,7 +65,9 @@ class Compiled:
         """One pass, in C++."""
         scales, codes = self._plain.split(raw)
         sums = np.zeros(2)
-        self._encode(_address(values), ctypes.c_int64(values.size // BLOCK), _address(scales), _address(codes), _address(sums))
+        self._encode(
+            _address(values), ctypes.c_int64(values.size // BLOCK), _address(scales), _address(codes), _address(sums)
+        )
         return float(sums[0]), float(sums[1])
 
     def decode(self, raw: np.ndarray, values: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from hvd_localsgd.core.layout import Array, Chunk
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
 
-SMALL = 4096  # elements of a variable that is not worth it
+SMALL = 256  # elements; what is smaller is not worth it
 WARM_UP = 2  # averages of the whole model, in which weights move far, before changes are encoded
 
 

@@ -173,8 +173,10 @@ class LocalSGD:
         """The average that was sent, if any was, is here, or is waited for."""
         if (sent := self._sent) is None:
             return
-        self._landed, self._sent, self.progress.landing = self._pipeline.land(), None, 0
-        if math.isfinite(self._landed.drift):
+        landed = self._pipeline.land()
+        self._landed = self._landed.and_then(landed)
+        self._sent, self.progress.landing = None, 0
+        if math.isfinite(landed.drift):
             self._memory.settle()
             self._timings.lap("outer")
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,6 +68,10 @@ class Outcome:
     staleness: int = 0
     error: float = 0.0
     hidden: float = 0.0
+
+    def and_then(self, later: Outcome) -> Outcome:
+        """Of two averages of the same round."""
+        return replace(later, bytes=self.bytes + later.bytes, hidden=self.hidden + later.hidden)
 
 
 class Pipeline:
