@@ -160,9 +160,8 @@ class LocalSGD:
         weight = float(decision.weights[self._coordination.place])
         self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now)
         self._sent, self.progress.landing = decision, self._settings.overlap
-        if (
-            not self._settings.overlap or self.progress.position > self.progress.reached
-        ):  # whoever comes next sees the average
+        waits = not self._settings.overlap or self.progress.position > self.progress.reached
+        if waits:  # whoever comes next, validation perhaps, sees the average
             self._land()
             if self._failed is not None:
                 self._refuse_average(self._failed)
