@@ -75,8 +75,9 @@ class Overlapped(Pipeline):
         """
         if self._flight is None:
             return self._outcome
-        flight, self._flight = self._flight, None
+        flight = self._flight
         waited = flight.wait()
+        self._flight = None
         self.timings.lap("communicate")
         self._outcome = replace(flight.result(), hidden=max(0.0, flight.seconds - waited))
         if math.isfinite(self._outcome.drift):
@@ -106,27 +107,32 @@ class Overlapped(Pipeline):
 
 
 class _Flight(threading.Thread):
-    """A call in a thread of its own, which begins at once.
+    """A call in a thread of its own, which begins at once, or after the one before: ranks send in the same order.
 
     Attributes:
         seconds: how long it took.
     """
 
     seconds = 0.0
+    _latest: _Flight | None = None  # of any engine
 
     def __init__(self, call: Callable[[], Outcome]) -> None:
         super().__init__(daemon=True)  # a rank that dies must not keep others' processes from ending
         self._call, self._outcome = call, Outcome()
         self._error: BaseException | None = None
+        self._before, _Flight._latest = _Flight._latest, self
         self.start()
 
     def run(self) -> None:
         """The call."""
+        if self._before is not None:
+            self._before.join()
         began = time.perf_counter()
         try:
             self._outcome = self._call()
         except BaseException as error:
             self._error = error
+        del self._before, self._call  # the memory that it holds
         self.seconds = time.perf_counter() - began
 
     def wait(self) -> float:
