@@ -238,6 +238,7 @@ def test_overlap_where_mpi_allows_one_thread_at_a_time_is_refused_on_every_rank(
     assert result.output.count("CommunicatorError: overlap=1 averages in a second thread") == 2, result.output
     assert "mpi4py.rc.thread_level" in result.output
 
+
 FIT = """
 import sys
 if sys.argv[1] == "horovod first":

@@ -42,7 +42,6 @@ class HorovodCommunicator(Communicator):
         self._hvd, self._tf = hvd, tf
         self._set: Any = hvd.global_process_set
         self._process_sets: dict[tuple[int, ...], Any] = {}  # shared with the sub-groups, which are shallow copies
-        self._exchanging: set[bool] = set()  # likewise: from which threads
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self.host = socket.gethostname()
@@ -92,13 +91,7 @@ class HorovodCommunicator(Communicator):
         return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
 
     def alltoall(self, parts: np.ndarray, received: np.ndarray) -> None:
-        """Horovod's, of equal parts. There is one kind of it."""
-        self._exchanging.add(self.beside)
-        if len(self._exchanging) > 1:
-            raise CommunicatorError(
-                "Horovod cannot tell the encoded changes of two models apart, one of which has overlap and the other not: give it to "
-                "both or to neither, or use communicator='mpi'."
-            )
+        """Horovod's, of equal parts; averages alone call it, which go one after another."""
         with self._tf.device("/CPU:0"):
             name = f"hvd_localsgd.alltoall.{self._set.process_set_id}"
             came = self._hvd.alltoall(self._tf.constant(parts.reshape(-1)), name=name, process_set=self._set)

@@ -64,7 +64,7 @@ class Overlapped(Pipeline):
                     self._back(chunk, average, reducer.sum(chunk, values))
                 return self._measure(weight, ranks, due)
 
-        self._flight = _Flight(fly)
+        self._flight = Pipeline.latest = _Flight(fly, Pipeline.latest)
         self._begun = started, average, stretches, ranks, due
 
     def land(self) -> Outcome:
@@ -107,20 +107,18 @@ class Overlapped(Pipeline):
 
 
 class _Flight(threading.Thread):
-    """A call in a thread of its own, which begins at once, or after the one before: ranks send in the same order.
+    """A call in a thread of its own, which begins at once, or when another has ended.
 
     Attributes:
         seconds: how long it took.
     """
 
     seconds = 0.0
-    _latest: _Flight | None = None  # of any engine
 
-    def __init__(self, call: Callable[[], Outcome]) -> None:
+    def __init__(self, call: Callable[[], Outcome], before: threading.Thread | None) -> None:
         super().__init__(daemon=True)  # a rank that dies must not keep others' processes from ending
-        self._call, self._outcome = call, Outcome()
+        self._call, self._before, self._outcome = call, before, Outcome()
         self._error: BaseException | None = None
-        self._before, _Flight._latest = _Flight._latest, self
         self.start()
 
     def run(self) -> None:

@@ -8,7 +8,9 @@ import time
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 what = sys.argv[1].removeprefix("async_").removeprefix("overlap_")
 mode = "async" if sys.argv[1].startswith("async_") else "sync"
-overlap = 3 if sys.argv[1].startswith("overlap_") else 0  # from step 4, which is batch 3, to step 7 an average is on its way
+overlap = (
+    3 if sys.argv[1].startswith("overlap_") else 0
+)  # from step 4, which is batch 3, to step 7 an average is on its way
 
 import hvd_localsgd as lsgd
 
