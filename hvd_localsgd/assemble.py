@@ -22,6 +22,7 @@ from hvd_localsgd.core.reducers import Library, Reducer, Ring
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.timing import Timings
 from hvd_localsgd.core.variates import Variates
+from hvd_localsgd.errors import CommunicatorError
 
 
 def memory(
@@ -110,6 +111,9 @@ def engine(
         pairs: variables that hold means, and those that hold the variances around them.
         variates: as ``variates`` has made them.
         reducer: makes the reducer; None: the fastest is measured.
+
+    Raises:
+        CommunicatorError: overlap needs a second thread, which may not call this MPI library.
     """
     outer = _outer_steps(settings)
     if settings.variance == "pooled" and pairs:
@@ -120,9 +124,9 @@ def engine(
 
     def choose(payload: int) -> Reducer | None:
         if communicator.size == 1:
-            return reducers.fastest(communicator, payload) if outer else None
+            return reducers.fastest(through.all(), payload) if outer else None
         if reducer is not None:
-            return reducer(communicator)
+            return reducer(through.all())
         fastest = reducers.fastest(communicator, payload)
         if alone:
             return reducers.OneSided(communicator, fastest.chunk_bytes)
@@ -142,26 +146,34 @@ class _Channels:
     """The reducer that the settings ask for, and the communicators that it needs, which are made once for each set of ranks."""
 
     def __init__(self, communicator: Communicator, settings: Settings) -> None:
+        if settings.overlap and not communicator.threads:
+            raise CommunicatorError(
+                f"overlap={settings.overlap} averages in a second thread, and MPI was initialised without MPI_THREAD_MULTIPLE. Leave "
+                "mpi4py.rc.thread_level at its default ('multiple'); if it is, this MPI library has no support for threads: use another, "
+                "or overlap=0."
+            )
         self._communicator, self._settings = communicator, settings
         self._made: dict[Any, Communicator] = {}
 
     def reducer(self, fastest: Library) -> Reducer:
         """Around the kind that was measured to be the fastest (collective)."""
-        settings, communicator = self._settings, self._communicator
+        settings, communicator = self._settings, self.all()
         kind = type(fastest)
-        if settings.overlap:
-            communicator = self._part(communicator, [range(communicator.size)])
-            communicator.gentle = True
-            kind = Library if communicator.takes_tensors else Ring  # whose messages can be waited for gently
+        if settings.overlap and not communicator.takes_tensors:
+            kind = Ring  # whose messages can be waited for gently
         plain = kind(communicator, fastest.chunk_bytes)
         if settings.groups is None:
             return self._encoded(communicator, plain)
-        groups = settings.groups.of_ranks(communicator)
+        groups = settings.groups.of_ranks(self._communicator)
         first = [group[0] for group in groups]
-        inside = self._part(communicator, groups)
-        across = self._part(communicator, [first, *([rank] for rank in range(communicator.size) if rank not in first)])
+        inside = self._part(groups)
+        across = self._part([first, *([rank] for rank in range(communicator.size) if rank not in first)])
         leaders = self._encoded(across, kind(across, fastest.chunk_bytes))
         return Grouped(communicator, type(plain)(inside, fastest.chunk_bytes), leaders, communicator.rank in first)
+
+    def all(self) -> Communicator:
+        """Of all ranks; with overlap not the one that the training thread uses (then collective)."""
+        return self._part([range(self._communicator.size)]) if self._settings.overlap else self._communicator
 
     def _encoded(self, communicator: Communicator, plain: Library) -> Reducer:
         if self._settings.compression is None:
@@ -169,10 +181,11 @@ class _Channels:
         codec = native.codec(self._settings.compression)
         return Encoded(communicator, codec, plain, _warm_up(self._settings))
 
-    def _part(self, communicator: Communicator, groups: Sequence[Sequence[int]]) -> Communicator:
-        key = communicator.size, id(communicator), tuple(map(tuple, groups))
+    def _part(self, groups: Sequence[Sequence[int]]) -> Communicator:
+        key = self._communicator.size, tuple(map(tuple, groups))
         if key not in self._made:
-            self._made[key] = communicator.subgroup(groups)
+            self._made[key] = self._communicator.subgroup(groups)
+            self._made[key].beside = self._settings.overlap > 0
         return self._made[key]
 
 

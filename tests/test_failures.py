@@ -15,9 +15,11 @@ EVERY_RANK = {
     "optimizer_shape": r"Ranks hold different models: variable 0 .*\[2, 4\].* on rank 1",
     "optimizer_raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
     "async_raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
+    "overlap_raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
     "async_nan": "NaN or infinity in the weights of rank 1",
     "nan": "NaN or infinity in the weights of rank 1",
     "nan_row": "NaN or infinity in .*embedding/embeddings of rank 1 on .* at local step 8; all ranks",
+    "overlap_nan_row": "NaN or infinity in .*embedding/embeddings of rank 1 on .* at local step 8; the average was not used",
     "async_nan_row": "NaN or infinity in .*embedding/embeddings of rank 1 on .* at local step 8; they were not given",
     "empty_shard": "1 samples cannot be shared by 2 ranks",
     "zero": "sync_every must be an integer >= 1 .*Received: 0",
@@ -38,20 +40,21 @@ def test_an_error_on_every_rank(what):
     assert result.status != 0, result.output
     assert "not reached" not in result.output, result.output
     assert error_lines(result.output, EVERY_RANK[what], 0), result.output
-    own = "ValueError: trouble in" if what in ("raises", "optimizer_raises") else None
+    own = "ValueError: trouble in" if what in ("raises", "overlap_raises", "optimizer_raises") else None
     own = own or {
         "raises_before_training": r"ends the job \(KeyError\)",
         "exits": "ends the job",
         "async_raises": r"ends the job \(ValueError\)",
     }.get(what, EVERY_RANK[what])
     assert error_lines(result.output, own, 1), result.output
-    if what in ("async_nan", "async_nan_row"):
+    if what in ("async_nan", "async_nan_row", "overlap_nan_row"):
         assert error_lines(result.output, "finite here: True", 0), result.output
 
 
-def test_a_rank_that_is_killed_ends_the_job():
+@pytest.mark.parametrize("what", ["dies", "overlap_killed"])
+def test_a_rank_that_is_killed_ends_the_job(what):
     began = time.monotonic()
-    result = launched.mpirun(2, "tests/programs/failing_program.py", "dies", timeout=90)
+    result = launched.mpirun(2, "tests/programs/failing_program.py", what, timeout=90)
     assert result.status != 0, result.output
     assert "not reached" not in result.output, result.output
     assert time.monotonic() - began < 60

@@ -14,6 +14,25 @@ needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None, reason="Horovod is not installed: make horovod"
 )
 IN_PLACE = ("-m", "not layouts")  # Horovod takes tensors, not their memory
+METHODS = [
+    f"tests/collective/test_methods.py::test_{test}"
+    for test in (
+        "two_models_whose_averages_are_on_their_way_at_once",
+        "each_method_and_each_pair_is_numpys[compression=int8, overlap=1]",
+        "each_method_and_each_pair_is_numpys[compression=bf16, groups=halves]",
+        "each_method_and_each_pair_is_numpys[overlap=1, fragments=3]",
+        "each_method_and_each_pair_is_numpys[overlap=1, groups=halves]",
+    )
+]
+METHODS_IN_FIT = [
+    f"tests/collective/test_methods.py::test_each_method_in_fit[{test}]"
+    for test in (
+        "compression=int8-optimizer",
+        "overlap=1-callback",
+        "overlap=1, outer=diloco, fragments=2-optimizer",
+        "groups=halves-callback",
+    )
+]
 CHOSEN = {"HVD_LOCALSGD_COMMUNICATOR": "horovod"}
 
 
@@ -31,13 +50,14 @@ def test_parts_under_horovodrun(tmp_path):
 
 @needs_horovod
 def test_front_ends_over_horovod_under_mpirun(tmp_path):
-    selection = (*IN_PLACE, "tests/collective/test_callback.py", "tests/collective/test_optimizer.py")
+    front_ends = ("tests/collective/test_callback.py", "tests/collective/test_optimizer.py")
+    selection = (*IN_PLACE, *front_ends, *METHODS, *METHODS_IN_FIT)
     launched.assert_all_pass(launched.mpirun, 2, tmp_path, *selection, timeout=900, environment=CHOSEN)
 
 
 @needs_horovod
 def test_parts_over_horovod_on_four_ranks(tmp_path):
-    selection = (*IN_PLACE, "tests/collective/test_parts.py")
+    selection = (*IN_PLACE, "tests/collective/test_parts.py", *METHODS)
     launched.assert_all_pass(launched.mpirun, 4, tmp_path, *selection, timeout=600, environment=CHOSEN)
 
 

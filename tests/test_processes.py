@@ -220,6 +220,25 @@ def test_threads_are_shared_and_what_was_not_finished_is_finished_at_exit(tmp_pa
 
 # --- MPI and TensorFlow in one process
 
+ONE_THREAD = """
+import mpi4py
+mpi4py.rc.thread_level = "serialized"
+import numpy as np
+import hvd_localsgd as lsgd
+
+with lsgd.ModelAverager([np.ones(3)], 2) as averager:  # needs one thread at a time
+    averager.step(2)
+lsgd.ModelAverager([np.ones(3)], 2, overlap=1).begin()
+"""
+
+
+def test_overlap_where_mpi_allows_one_thread_at_a_time_is_refused_on_every_rank(tmp_path):
+    result = run(tmp_path, ONE_THREAD)
+    assert result.status != 0, result.output
+    assert result.output.count("CommunicatorError: overlap=1 averages in a second thread") == 2, result.output
+    assert "mpi4py.rc.thread_level" in result.output
+
+
 FIT = """
 import sys
 if sys.argv[1] == "horovod first":

@@ -64,7 +64,8 @@ class Communicator(ABC):
     local_rank: int
     local_size: int
     host: str
-    gentle = False  # whether waiting gives the core to others also in the middle of messages: for a thread beside one that computes
+    threads = True  # whether two threads may call at the same moment, each a communicator of its own
+    beside = False  # whether a thread calls it beside the one that trains: waiting gives the core to others
     takes_tensors = False  # whether ``allreduce`` takes tensors too, and would rather have them: they may be on a GPU
 
     @abstractmethod
@@ -84,7 +85,7 @@ class Communicator(ABC):
         raise CommunicatorError(f"communicator {self.name!r} has no messages from rank to rank. Use 'mpi'.")
 
     def alltoall(self, parts: np.ndarray, received: np.ndarray) -> None:
-        """Row k goes to rank k, and row k comes from it. Both of shape (size, bytes), uint8; a rank's own row stays as it is."""
+        """Row k goes to rank k, and row k comes from it. Both of shape (size, bytes), uint8; what is in its own row means nothing."""
         for step in range(1, self.size):
             to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
             self.sendrecv(parts[to], to, received[source], source)

@@ -65,7 +65,12 @@ class HorovodCommunicator(Communicator):
             self._tf.test.experimental.sync_devices()  # else the time would be counted to what comes next
         return total
 
+    # Horovod matches the ranks' calls by name and process set, allows one process set for the same ranks, and is not told our names:
+    # eagerly TensorFlow calls every operation by its kind. So a second thread uses other kinds, which do the same.
+
     def _allreduce(self, tensor: Any) -> Any:
+        if self.beside:
+            return self._hvd.grouped_allreduce([tensor], op=self._hvd.Sum, process_set=self._set)[0]
         name = f"hvd_localsgd.allreduce.{tensor.dtype.name}.{tensor.shape}.{self._set.process_set_id}"
         return self._hvd.allreduce(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
 
@@ -86,15 +91,11 @@ class HorovodCommunicator(Communicator):
         return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
 
     def alltoall(self, parts: np.ndarray, received: np.ndarray) -> None:
-        """Horovod's, of equal parts."""
+        """Horovod's, of equal parts; averages alone call it, which go one after another."""
         with self._tf.device("/CPU:0"):
             name = f"hvd_localsgd.alltoall.{self._set.process_set_id}"
             came = self._hvd.alltoall(self._tf.constant(parts.reshape(-1)), name=name, process_set=self._set)
-            received[:] = (
-                came[0].numpy().reshape(received.shape)
-                if isinstance(came, tuple | list)
-                else came.numpy().reshape(received.shape)
-            )
+            received[:] = came.numpy().reshape(received.shape)
 
     def allgather(self, part: np.ndarray, received: np.ndarray) -> None:
         """Horovod's."""
@@ -137,6 +138,8 @@ class HorovodCommunicator(Communicator):
 
     def _allgather(self, raw: np.ndarray, what: str) -> np.ndarray:
         with self._tf.device("/CPU:0"):
+            if self.beside:
+                return self._hvd.grouped_allgather([self._tf.constant(raw)], process_set=self._set)[0].numpy()
             name = f"hvd_localsgd.{what}.{self._set.process_set_id}"
             return self._hvd.allgather(self._tf.constant(raw), name=name, process_set=self._set).numpy()
 

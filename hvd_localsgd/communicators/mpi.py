@@ -66,6 +66,7 @@ class MPICommunicator(Communicator):
                 "runs in (`which mpirun`), or rebuild mpi4py against the launcher's MPI."
             )
         self._mpi = MPI
+        self.threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._use(MPI.COMM_WORLD.Dup())
 
     def _use(self, comm: Any) -> None:
@@ -132,7 +133,7 @@ class MPICommunicator(Communicator):
 
     def sendrecv(self, values: np.ndarray, to: int, received: np.ndarray, source: int) -> None:
         """MPI_Sendrecv; or its two halves, polled."""
-        if not self.gentle:
+        if not self.beside:
             self._comm.Sendrecv(values, to, recvbuf=received, source=source)
             return
         requests = [self._comm.Irecv(received, source), self._comm.Isend(values, to)]

@@ -160,8 +160,7 @@ class LocalSGD:
         weight = float(decision.weights[self._coordination.place])
         self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now)
         self._sent, self.progress.landing = decision, self._settings.overlap
-        waits = not self._settings.overlap or self.progress.position > self.progress.reached
-        if waits:  # whoever comes next, validation perhaps, sees the average
+        if not self._settings.overlap or decision.reached > self.progress.reached:  # all are here, to see the average
             self._land()
             if self._failed is not None:
                 self._refuse_average(self._failed)

@@ -64,7 +64,7 @@ class Overlapped(Pipeline):
                     self._back(chunk, average, reducer.sum(chunk, values))
                 return self._measure(weight, ranks, due)
 
-        self._flight = _Flight(fly)
+        self._flight = Pipeline.latest = _Flight(fly, Pipeline.latest)
         self._begun = started, average, stretches, ranks, due
 
     def land(self) -> Outcome:
@@ -75,8 +75,9 @@ class Overlapped(Pipeline):
         """
         if self._flight is None:
             return self._outcome
-        flight, self._flight = self._flight, None
+        flight = self._flight
         waited = flight.wait()
+        self._flight = None
         self.timings.lap("communicate")
         self._outcome = replace(flight.result(), hidden=max(0.0, flight.seconds - waited))
         if math.isfinite(self._outcome.drift):
@@ -106,7 +107,7 @@ class Overlapped(Pipeline):
 
 
 class _Flight(threading.Thread):
-    """A call in a thread of its own, which begins at once.
+    """A call in a thread of its own, which begins at once, or when another has ended.
 
     Attributes:
         seconds: how long it took.
@@ -114,19 +115,22 @@ class _Flight(threading.Thread):
 
     seconds = 0.0
 
-    def __init__(self, call: Callable[[], Outcome]) -> None:
+    def __init__(self, call: Callable[[], Outcome], before: threading.Thread | None) -> None:
         super().__init__(daemon=True)  # a rank that dies must not keep others' processes from ending
-        self._call, self._outcome = call, Outcome()
+        self._call, self._before, self._outcome = call, before, Outcome()
         self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         """The call."""
+        if self._before is not None:
+            self._before.join()
         began = time.perf_counter()
         try:
             self._outcome = self._call()
         except BaseException as error:
             self._error = error
+        del self._before, self._call  # the memory that it holds
         self.seconds = time.perf_counter() - began
 
     def wait(self) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -87,6 +88,9 @@ class Pipeline:
         parts: fragments of the model that are averaged one after another.
     """
 
+    # The latest average of any model that a thread computes: they go one after another, in the same order on all ranks.
+    latest: ClassVar[threading.Thread | None] = None
+
     def __init__(
         self,
         memory: Memory,
@@ -133,6 +137,9 @@ class Pipeline:
         self._outcome = Outcome()
         if reducer is None:
             return
+        if Pipeline.latest is not None:
+            Pipeline.latest.join()
+            lap("communicate")
         due = self._due(now)
         reducer.prepare(now)
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):  # looked at below

@@ -254,7 +254,8 @@ class Together:
         names = hosts(self.communicator)
         who = [f"{found[rank]} of {where([rank], names)}" for rank in range(len(found)) if found[rank]]
         what = f"NaN or infinity in {', '.join(who)}" if who else "the average overflowed"
-        raise RankFailed(f"{what} at local step {decision.now.step}; all ranks have averaged it.{LESS}")
+        became = "the average was not used" if self.settings.overlap else "all ranks have averaged it"
+        raise RankFailed(f"{what} at local step {decision.now.step}; {became}.{LESS}")
 
     def gather(self, message: bytes) -> list[bytes]:
         """All of them."""

@@ -274,6 +274,21 @@ def test_each_method_in_fit(lsgd, gather, monkeypatch, options, front_end):
     np.testing.assert_allclose(result, expected[lsgd.rank()], rtol=tolerance(options), atol=tolerance(options))
 
 
+def test_two_models_whose_averages_are_on_their_way_at_once(lsgd):
+    both = [np.full(20_000, start, "float32") for start in (1, 2)]
+    averagers = [lsgd.ModelAverager([x], 4, overlap=2, compression="bf16") for x in both]
+    for averager in averagers:
+        averager.begin()
+    for _ in range(20):
+        for x, averager in zip(both, averagers, strict=True):
+            x *= 1 + 0.01 * lsgd.rank()
+            averager.step()
+    for averager in averagers:
+        averager.finish()
+    assert both[0].min() > 1 or lsgd.size() == 1
+    np.testing.assert_allclose(both[1], 2 * both[0], rtol=0.01)
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("options", SINGLE, ids=words)
 def test_each_method_is_saved(lsgd, options):

@@ -1,12 +1,16 @@
 """One thing goes wrong on one rank: python tests/programs/failing_program.py WHAT."""
 
 import os
+import signal
 import sys
 import time
 
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
-what = sys.argv[1].removeprefix("async_")
+what = sys.argv[1].removeprefix("async_").removeprefix("overlap_")
 mode = "async" if sys.argv[1].startswith("async_") else "sync"
+overlap = (
+    3 if sys.argv[1].startswith("overlap_") else 0
+)  # from step 4, which is batch 3, to step 7 an average is on its way
 
 import hvd_localsgd as lsgd
 
@@ -20,6 +24,8 @@ odd = lsgd.rank() == 1
 
 class Trouble(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
+        if odd and batch == 3 and what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if odd and batch == 5:
             if what == "raises":
                 raise ValueError("trouble in the middle of an epoch")
@@ -39,8 +45,9 @@ if what == "raises_before_training_unheard":
 units = 4 if odd and what == "shape" else 3
 sync_every = {"zero": 0, "negative": -3, "fraction": 2.5, "text": "x"}.get(what, 4)
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(units), keras.layers.Dense(1)])
-if what == "nan_row":
-    layers = [keras.layers.Embedding(500, 8), keras.layers.Flatten(), keras.layers.Dense(1)]
+if what in ("nan_row", "killed"):
+    rows = 500 if what == "nan_row" else 500_000  # the average of so many takes a while
+    layers = [keras.layers.Embedding(rows, 8), keras.layers.Flatten(), keras.layers.Dense(1)]
     model = keras.Sequential([keras.Input((2,)), *layers])
 x, y = np.ones((400, 2), "float32"), np.ones((400, 1), "float32")
 if what == "empty_shard":
@@ -57,7 +64,7 @@ if what == "optimizer_shape" or what.startswith("optimizer"):
     model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[Trouble()])
 else:
     model.compile(optimizer, "mse")
-    callback = lsgd.LocalSGDCallback(sync_every=sync_every, mode=mode)
+    callback = lsgd.LocalSGDCallback(sync_every=sync_every, mode=mode, overlap=overlap)
     try:
         model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[callback, Trouble()])
     except lsgd.RankFailed:
