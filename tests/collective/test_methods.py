@@ -186,7 +186,12 @@ def words(options):
     return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
-@pytest.mark.parametrize("options", [{}, *SINGLE, *PAIRS], ids=words)
+# More than two ranks show more of a pair only if there are groups in it.
+ON_ANY_RANKS = [{}, *SINGLE, *(pair for pair in PAIRS if "groups" in pair)]
+ON_TWO = [pytest.param(pair, marks=pytest.mark.pairs) for pair in PAIRS if "groups" not in pair]
+
+
+@pytest.mark.parametrize("options", [*ON_ANY_RANKS, *ON_TWO], ids=words)
 def test_each_method_and_each_pair_is_numpys(lsgd, gather, options):
     chosen = arguments(lsgd, options)
     if is_refused(options):

@@ -12,6 +12,8 @@ from hvd_localsgd.frontends import logs
 from . import reference
 from .helpers import Epochs, Snapshots, fit
 
+pytestmark = pytest.mark.pairs
+
 SPREAD = ("loss_min", "loss_max", "drift")
 
 

@@ -10,6 +10,8 @@ from hvd_localsgd.backends.numpy import NumpyMemory
 from . import reference
 from .test_optimizer import run
 
+pytestmark = pytest.mark.pairs
+
 H, BATCH, BATCHES = 3, 8, 12
 RATE = 0.05
 
