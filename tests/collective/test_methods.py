@@ -77,10 +77,10 @@ class Reference:
         self.old, self.u = self.x[0].copy(), np.zeros(start.size)
         self.syncs = 0
         self.fragments = options.get("fragments", 1)
-        n = start.size
-        self.owner = np.concatenate(
-            [np.full(n * (p + 1) // self.fragments - n * p // self.fragments, p) for p in range(self.fragments)]
-        )
+        self.resets = options.get("optimizer_state") == "reset"
+        n = SIZE if self.resets else start.size
+        parts = [np.full(n * (p + 1) // self.fragments - n * p // self.fragments, p) for p in range(self.fragments)]
+        self.owner = np.concatenate([*parts, np.full(start.size - n, -1)])  # -1: not averaged
         self.counted = np.zeros(size, bool)
 
     def is_due(self, step):
@@ -100,7 +100,7 @@ class Reference:
         self.land()
         whole = self.fragments == 1 and ("groups" not in self.options or self.syncs % 2 == 0)
         if not (whole and self.is_due(step)):
-            self.sync(step, np.ones(self.owner.size, bool), at_end=True)
+            self.sync(step, self.owner >= 0, at_end=True)
 
     def land(self):
         if self.flight is not None:
@@ -111,6 +111,8 @@ class Reference:
                     0  # statistics are as they come; one rank alone, with nothing to do, waits for nothing
                 )
             self.x = np.where(due, new + moved, self.x)
+            if self.resets:
+                self.x[:, PLAIN] = 0
             self.flight = None
 
     def sync(self, step, due, at_end):
@@ -237,16 +239,17 @@ class Named(np.ndarray):
 # The same in fit.
 
 
-def linear_step(data):
+def linear_step(data, momentum=None):
     def step_of(rank, step, x):
         inputs, targets = data(rank)
         batch = slice(8 * (step - 1), 8 * step)
         a, y = inputs[batch], targets[batch]
         error = a @ x[:4, None] + x[4] - y
-        changed = x.copy()
-        changed[:4] -= RATE * 2 * (a * error).mean(0)
-        changed[4] -= RATE * 2 * error.mean()
-        return changed
+        change = -RATE * 2 * np.append((a * error).mean(0), error.mean())
+        if momentum is None:
+            return x + change
+        velocity = momentum * x[5:] + change
+        return np.concatenate([x[:5] + velocity, velocity])
 
     return step_of
 
@@ -263,35 +266,35 @@ IN_FIT = [one for one in [{}, *SINGLE] if "guard" not in one and "variance" not 
 @pytest.mark.parametrize("front_end", ["callback", "optimizer"])
 @pytest.mark.parametrize("options", [*IN_FIT, {"overlap": 1, "outer": "diloco", "fragments": 2}], ids=words)
 def test_each_method_in_fit(lsgd, gather, monkeypatch, options, front_end):
+    check_fit(lsgd, gather, monkeypatch, options, front_end, momentum=None)
+
+
+@pytest.mark.pairs
+@pytest.mark.parametrize("front_end_and_state", ["callback, reset", "optimizer, average"])
+@pytest.mark.parametrize("options", IN_FIT, ids=words)
+def test_each_method_with_optimizer_state(lsgd, gather, monkeypatch, options, front_end_and_state):
+    front_end, state = front_end_and_state.split(", ")
+    check_fit(lsgd, gather, monkeypatch, {**options, "optimizer_state": state}, front_end, momentum=0.5)
+
+
+def check_fit(lsgd, gather, monkeypatch, options, front_end, momentum):
+    size = 5 if momentum is None else 10
     monkeypatch.setattr("tests.collective.test_methods.SIZE", 5)
-    monkeypatch.setattr("tests.collective.test_methods.PLAIN", slice(5, 5))
+    monkeypatch.setattr("tests.collective.test_methods.PLAIN", slice(5, size))
     chosen = arguments(lsgd, options)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     model.set_weights([np.full((4, 1), 0.2, "float32"), np.zeros(1, "float32")])
-    inner = keras.optimizers.SGD(RATE)
+    inner = keras.optimizers.SGD(RATE, momentum=momentum or 0.0)
     callbacks = [lsgd.LocalSGDCallback(**chosen)] if front_end == "callback" else []
     model.compile(inner if callbacks else lsgd.LocalSGDOptimizer(inner, **chosen), "mse")
     model.fit(*data(lsgd.rank()), batch_size=8, shuffle=False, verbose=0, callbacks=callbacks)
-    result = np.concatenate([weight.reshape(-1) for weight in model.get_weights()])
+    state = [variable.numpy() for variable in inner.variables if len(variable.shape)]
+    assert len(state) == (0 if momentum is None else 2)
+    result = np.concatenate([array.reshape(-1) for array in [*model.get_weights(), *state]])
     assert len({each.tobytes() for each in gather(result)}) == 1
-    start = np.array([0.2, 0.2, 0.2, 0.2, 0.0])
-    expected = expected_of(lsgd.size(), options, start, linear_step(data))
+    start = np.where(np.arange(size) < 4, 0.2, 0.0)
+    expected = expected_of(lsgd.size(), options, start, linear_step(data, momentum))
     np.testing.assert_allclose(result, expected[lsgd.rank()], rtol=tolerance(options), atol=tolerance(options))
-
-
-def test_two_models_whose_averages_are_on_their_way_at_once(lsgd):
-    both = [np.full(20_000, start, "float32") for start in (1, 2)]
-    averagers = [lsgd.ModelAverager([x], 4, overlap=2, compression="bf16") for x in both]
-    for averager in averagers:
-        averager.begin()
-    for _ in range(20):
-        for x, averager in zip(both, averagers, strict=True):
-            x *= 1 + 0.01 * lsgd.rank()
-            averager.step()
-    for averager in averagers:
-        averager.finish()
-    assert both[0].min() > 1 or lsgd.size() == 1
-    np.testing.assert_allclose(both[1], 2 * both[0], rtol=0.01)
 
 
 @pytest.mark.alone
