@@ -167,6 +167,18 @@ def test_the_emulated_cluster_refuses_nonsense(arguments, words):
     assert words in result.output
 
 
+def test_traffic(tmp_path):
+    ways = ("--ways", "plain", "int8", "overlap", "fragments", "groups")
+    rows = run(tmp_path, "traffic.py", "--model", "tiny", *ways, "--repeats", 1, "--sync-every", 4)
+    plain, int8, overlap, fragments, groups = rows
+    assert plain["given MB"] == pytest.approx(4 * (15_000_000 + 3000 * 64) / 1e6)
+    assert int8["given MB"] == pytest.approx(plain["given MB"] / 4, rel=0.05)
+    assert overlap["hidden_s"] >= 0
+    assert all(row["sync_s"] > 0 for row in rows)
+    assert fragments["given MB"] >= plain["given MB"]
+    assert groups["given MB"] > plain["given MB"], "two sums inside the group where all meet, and one where they do not"
+
+
 def test_methods(tmp_path):
     few = ("--epochs", 2, "--repeats", 1, "--learning-rates", 0.3)
     rows = run(tmp_path, "methods.py", "--methods", "H = 4", "H = 32, SlowMo", *few)
