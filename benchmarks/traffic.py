@@ -63,8 +63,8 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
                 averager.step()
             row["seconds"].append(report.slowest(time.perf_counter() - start - work))
             row["sent"].append(_sent_bytes() - before)
-        averager.finish()
         _summarise(row, averager, per_average, arguments.repeats, lsgd)
+        averager.finish()
     for row in rows.values():
         row["ratio"] = row["sync_s"] / rows["plain"]["sync_s"] if "plain" in rows else None
     return list(rows.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -74,13 +75,9 @@ def _kinds(
     for variable in averaged:
         own = id(variable)
         size = int(np.prod(variable.shape))
-        exact = settings.compression is not None and (own in apart or size < compression.SMALL or _is_double(variable))
+        exact = settings.compression is not None and (own in apart or size < compression.SMALL)
         kinds[own] = Kind(own in apart, exact, every.get(own, 1))
     return kinds
-
-
-def _is_double(variable: Any) -> bool:
-    return "float64" in str(variable.dtype)
 
 
 def variates(settings: Settings) -> Variates | None:
@@ -115,6 +112,8 @@ def engine(
     Raises:
         CommunicatorError: overlap needs a second thread, which may not call this MPI library.
     """
+    if reducer is not None and (settings.groups is not None or settings.compression is not None):
+        raise ValueError("groups and compression are reducers themselves: leave reducer as it is.")
     outer = _outer_steps(settings)
     if settings.variance == "pooled" and pairs:
         outer.append(stages.PooledVariance([(memory.place(mean), memory.place(variance)) for mean, variance in pairs]))
@@ -142,6 +141,10 @@ def engine(
     return LocalSGD(settings, communicator, coordination, pipeline, timings, finish_at_exit)
 
 
+# Made once: MPI has room for some thousands. Averages go one after another, so that several models can use the same.
+_subgroups: WeakKeyDictionary[Communicator, dict[Any, Communicator]] = WeakKeyDictionary()
+
+
 class _Channels:
     """The reducer that the settings ask for, and the communicators that it needs, which are made once for each set of ranks."""
 
@@ -153,14 +156,13 @@ class _Channels:
                 "or overlap=0."
             )
         self._communicator, self._settings = communicator, settings
-        self._made: dict[Any, Communicator] = {}
+        self._made = _subgroups.setdefault(communicator, {})
 
     def reducer(self, fastest: Library) -> Reducer:
         """Around the kind that was measured to be the fastest (collective)."""
         settings, communicator = self._settings, self.all()
-        kind = type(fastest)
-        if settings.overlap and not communicator.takes_tensors:
-            kind = Ring  # whose messages can be waited for gently
+        gentle = settings.overlap > 0 and not communicator.takes_tensors  # of a ring's messages each can be waited for
+        kind = Ring if gentle else type(fastest)
         plain = kind(communicator, fastest.chunk_bytes)
         if settings.groups is None:
             return self._encoded(communicator, plain)
@@ -169,20 +171,21 @@ class _Channels:
         inside = self._part(groups)
         across = self._part([first, *([rank] for rank in range(communicator.size) if rank not in first)])
         leaders = self._encoded(across, kind(across, fastest.chunk_bytes))
-        return Grouped(communicator, type(plain)(inside, fastest.chunk_bytes), leaders, communicator.rank in first)
+        near = (Ring if gentle else Library)(inside, fastest.chunk_bytes)
+        return Grouped(communicator, near, leaders, communicator.rank in first)
 
     def all(self) -> Communicator:
         """Of all ranks; with overlap not the one that the training thread uses (then collective)."""
         return self._part([range(self._communicator.size)]) if self._settings.overlap else self._communicator
 
     def _encoded(self, communicator: Communicator, plain: Library) -> Reducer:
-        if self._settings.compression is None:
+        if self._settings.compression is None or communicator.size == 1:  # who is alone sends nothing
             return plain
         codec = native.codec(self._settings.compression)
         return Encoded(communicator, codec, plain, _warm_up(self._settings))
 
     def _part(self, groups: Sequence[Sequence[int]]) -> Communicator:
-        key = self._communicator.size, tuple(map(tuple, groups))
+        key = self._communicator.size, self._settings.overlap > 0, tuple(map(tuple, groups))
         if key not in self._made:
             self._made[key] = self._communicator.subgroup(groups)
             self._made[key].beside = self._settings.overlap > 0
@@ -191,8 +194,7 @@ class _Channels:
 
 def _warm_up(settings: Settings) -> int:
     """Syncs in which nothing is encoded yet."""
-    per_average = settings.fragments if settings.groups is None else settings.groups.every
-    return compression.WARM_UP * per_average
+    return compression.WARM_UP * settings.syncs_per_average
 
 
 def _outer_steps(settings: Settings) -> list[stages.Stage]:

@@ -87,7 +87,7 @@ class ModelAverager(Recorded):
         self._training = True
 
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
-        """So many local steps were taken, on so many samples; averages if the round is over, and says whether it did."""
+        """So many local steps were taken, on so many samples; averages if the round is over; whether the variables may have changed."""
         if not self._training:
             if self.settings.measures_change:
                 raise RuntimeError(

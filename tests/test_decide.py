@@ -100,6 +100,19 @@ def test_every_fragment_has_its_turn_once_in_h_steps_wherever_training_begins(fr
     assert later == {step: parts for step, parts in found.items() if step > resumed}
 
 
+def test_fragments_have_their_turns_while_the_rank_that_has_come_farthest_waits():
+    settings = Settings(8, fragments=4)
+    last = protocol.decide(table_of([{"total": 100, "steps": 0}] * 2), settings).now
+    turns = []
+    for sync in range(1, 9):
+        waits = {"total": 150, "steps": 0, "before": 1, "position": 1.0, "due": True}
+        trains = {"total": 100 + 2 * sync, "steps": 2, "due": True}
+        last = protocol.decide(table_of([waits, trains]), settings, last).now
+        assert last.next == 2
+        turns += last.parts
+    assert turns == [2, 3, 0, 1, 2, 3, 0, 1]  # step 100 is in the middle of a round of 8
+
+
 @given(TABLES, SETTINGS, st.randoms())
 def test_another_order_of_ranks_only_changes_the_order_of_the_answer(table, settings, random):
     order = list(range(len(table)))

@@ -48,9 +48,10 @@ class NumpyMemory:
         """As ``TensorFlowMemory.prepare``."""
         self._start, self._reset_state = list(start), reset_state
 
-    def settle(self) -> None:
+    def settle(self, world: bool) -> None:
         """As it was prepared."""
-        self._reset_state()
+        if world:
+            self._reset_state()
 
     def description(self) -> list[list[Any]]:
         """Arrays have no names."""

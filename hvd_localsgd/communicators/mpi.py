@@ -21,6 +21,7 @@ from hvd_localsgd.errors import CommunicatorError
 _SPIN_SECONDS = 2e-3
 _LONGEST_PAUSE = 1e-3
 _GENTLE_SECONDS = 3e-4
+_FEW = 1024  # numbers
 _ANSWER_SECONDS = 5e-4
 STALL_SECONDS = float(os.environ.get("HVD_LOCALSGD_STALL_WARNING", "60"))  # of waiting, until it is said for whom
 
@@ -127,8 +128,13 @@ class MPICommunicator(Communicator):
             self._arrived[notice[0]] = notice[1]
 
     def allreduce(self, values: np.ndarray) -> np.ndarray:
-        """MPI_Allreduce in place."""
-        self._comm.Allreduce(self._mpi.IN_PLACE, values)
+        """MPI_Allreduce in place; polled where it is a number or two, for large ones of that kind are slow."""
+        if not self.beside or values.size > _FEW:
+            self._comm.Allreduce(self._mpi.IN_PLACE, values)
+            return values
+        request = self._comm.Iallreduce(self._mpi.IN_PLACE, values)
+        while not request.Test():
+            time.sleep(_GENTLE_SECONDS)
         return values
 
     def sendrecv(self, values: np.ndarray, to: int, received: np.ndarray, source: int) -> None:

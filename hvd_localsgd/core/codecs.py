@@ -130,12 +130,12 @@ class Fp16(Scaled):
         np.copyto(codes, np.where(is_small, small, bits) | sign, casting="unsafe")
 
     def _widen(self, codes: np.ndarray, values: np.ndarray) -> None:
-        bits = values.view(np.uint32)
-        np.left_shift(codes, 13, out=bits, dtype=np.uint32, casting="unsafe")
-        sign = (bits & 0x10000000) << 3
-        bits &= 0x0FFFFFFF
-        bits |= sign
-        values *= np.float32(2.0**112)  # from where float16's exponents are to float32's
+        wide = codes.astype(np.uint32)
+        size = (wide & 0x7FFF) << 13
+        # Likewise read: never as float32 of that size, which TensorFlow's threads take for zero.
+        small = ((size + (113 << 23)).view(np.float32) - np.float32(2.0**-14)).view(np.uint32)
+        bits = np.where(size < 1 << 23, small, size + (112 << 23))
+        np.bitwise_or(bits, (wide & 0x8000) << 16, out=values.view(np.uint32))
 
 
 class Bf16(Scaled):

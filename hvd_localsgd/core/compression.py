@@ -60,7 +60,7 @@ class Encoded:
 
     def sum(self, chunk: Chunk, values: Array) -> Array:
         """Each rank adds up one part of the chunk."""
-        if chunk.exact or not self._encodes:
+        if not self._is_encoded(chunk):
             return self.plain.sum(chunk, values)
         rank, size, codec = self.communicator.rank, self.communicator.size, self.codec
         change, total = self._own[chunk.number], self._sums[chunk.number]  # they begin with what the last sync has lost
@@ -84,6 +84,10 @@ class Encoded:
             codec.decode(incoming[other], values[other * total.size : (other + 1) * total.size])
         return values
 
+    def _is_encoded(self, chunk: Chunk) -> bool:
+        """Not where the parts would be mostly filling."""
+        return self._encodes and not chunk.exact and chunk.elements >= self.communicator.size * BLOCK
+
     def _share(self, chunk: Chunk) -> int:
         return -(-chunk.elements // (self.communicator.size * BLOCK)) * BLOCK
 
@@ -93,7 +97,7 @@ class Encoded:
 
     def bytes(self, chunk: Chunk) -> int:
         """Encoded."""
-        if chunk.exact or not self._encodes:
+        if not self._is_encoded(chunk):
             return self.plain.bytes(chunk)
         return self.communicator.size * self.codec.bytes(self._share(chunk))
 

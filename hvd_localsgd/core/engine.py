@@ -62,12 +62,13 @@ class LocalSGD:
         failures.begin(self)
         with failures.together(self):
             table = protocol.agree(self.communicator, own, description)
+            table["total"] = table["total"][0]
             moved = self._memory.broadcast(self.communicator)
             self._pipeline.start()
             self._coordination.start()
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
-        parts = self._settings.fragments
-        self.progress.begin(int(table["total"][0]), decision.now, int(decision.intervals[0]), parts)
+        several = self._settings.syncs_per_average
+        self.progress.begin(decision.now.step, decision.now, int(decision.intervals[0]), several)
         self._sent, self._failed, self._landed = None, None, Outcome()
         self._timings.begin(self.communicator.rank)
         return moved
@@ -158,9 +159,12 @@ class LocalSGD:
             self._landed = Outcome(drift=math.nan)
             return
         weight = float(decision.weights[self._coordination.place])
-        self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now)
+        waits = (
+            not self._settings.overlap or decision.reached > self.progress.reached
+        )  # all are here, to see the average
+        self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now, waits)
         self._sent, self.progress.landing = decision, self._settings.overlap
-        if not self._settings.overlap or decision.reached > self.progress.reached:  # all are here, to see the average
+        if waits:
             self._land()
             if self._failed is not None:
                 self._refuse_average(self._failed)
@@ -175,7 +179,7 @@ class LocalSGD:
         self._landed = self._landed.and_then(landed)
         self._sent, self.progress.landing = None, 0
         if math.isfinite(landed.drift):
-            self._memory.settle()
+            self._memory.settle(sent.now.world)
             self._timings.lap("outer")
         else:
             self._failed = sent
@@ -188,6 +192,8 @@ class LocalSGD:
         if decision.reached <= progress.reached:
             return []
         progress.reached = decision.reached
+        assert progress.last is not None
+        progress.last = replace(progress.last, reached=decision.reached)
         messages = self._coordination.gather(message if progress.reached == progress.position else b"")
         self._timings.lap("communicate")
         return messages

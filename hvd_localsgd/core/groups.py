@@ -10,6 +10,7 @@ import numpy as np
 from hvd_localsgd.core.layout import Array, Chunk
 from hvd_localsgd.core.reducers import Library, Reducer
 from hvd_localsgd.core.schedules import Now
+from hvd_localsgd.errors import RanksDiffer
 
 
 class Groups:
@@ -41,13 +42,15 @@ class Groups:
         """The ranks of each group (collective).
 
         Raises:
-            ValueError: on all ranks, if the lists are not of this job's ranks.
+            RanksDiffer: on all ranks, if the lists are not of this job's ranks.
         """
+        if communicator.size == 1:
+            return [[0]]
         if isinstance(self.ranks, str):
             hosts = communicator.gather(communicator.host.encode())
             return [[rank for rank, host in enumerate(hosts) if host == each] for each in dict.fromkeys(hosts)]
         if sum(map(len, self.ranks)) != communicator.size:
-            raise ValueError(f"groups={self.ranks!r} are not of {communicator.size} ranks, which this job has.")
+            raise RanksDiffer(f"groups={self.ranks!r} are not of {communicator.size} ranks, which this job has.")
         return self.ranks
 
     def get_config(self) -> dict[str, Any]:

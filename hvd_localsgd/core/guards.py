@@ -164,10 +164,10 @@ class Anchor(Stage):
         weights = {index for index, _, _ in self._weights}
         return [stretch for stretch in stretches if stretch[0] in weights]
 
-    def restore(self, arrays: Sequence[Array]) -> None:
+    def restore(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
         """What was, stays."""
-        for array, old in zip(arrays, self.old, strict=True):
-            array[:] = old
+        for index, start, stop in averaged:
+            arrays[index][start:stop] = self.old[index][start:stop]
 
     def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
         """Shortens the change if it is too long."""

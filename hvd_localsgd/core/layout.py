@@ -123,7 +123,7 @@ def plan(blocks: Sequence[Block], chunk_bytes: int | None, parts: int = 1) -> li
 
 
 def _kind(block: Block) -> tuple[int, bool, np.dtype]:
-    return block.every, block.exact, block.wire
+    return block.every, block.exact or block.wire == np.float64, block.wire
 
 
 def _cut(blocks: Sequence[Block], parts: int) -> list[tuple[int, Stretch]]:

@@ -42,8 +42,11 @@ class Overlapped(Pipeline):
             self._flight = None
         super().start()
 
-    def send(self, weight: float, ranks: int, now: Now) -> None:
-        """Begins the average; arguments as for ``Pipeline.send``."""
+    def send(self, weight: float, ranks: int, now: Now, waits: bool = True) -> None:
+        """Begins the average, or makes it where it is waited for; arguments as for ``Pipeline.send``."""
+        if waits:
+            super().send(weight, ranks, now)
+            return
         self._outcome, reducer = Outcome(), self.reducer
         if reducer is None:
             return

@@ -42,8 +42,12 @@ class Memory(Protocol):
     def is_finite(self) -> bool:
         """No NaN or infinity, as far as a look at one variable can tell: one in the loss is in every gradient."""
 
-    def settle(self) -> None:
-        """After a sync, what has to be put right: an optimizer's state that is reset, weights that obey a constraint."""
+    def settle(self, world: bool) -> None:
+        """After a sync, what has to be put right: an optimizer's state that is reset, weights that obey a constraint.
+
+        Args:
+            world: whether it was of all ranks: inside a group state is not reset.
+        """
 
     def open(self) -> AbstractContextManager[list[Array]]:
         """An array for each block, to read and to write; what is written counts when the ``with`` block ends.
@@ -125,13 +129,14 @@ class Pipeline:
                 stage.start(blocks, arrays)
             self.reducer.start(self._plan, arrays)
 
-    def send(self, weight: float, ranks: int, now: Now) -> None:
+    def send(self, weight: float, ranks: int, now: Now, waits: bool = True) -> None:
         """x_k <- sum_j w_j x_j, all ranks together (or, if the reducer is one-sided, this one by itself).
 
         Args:
             weight: this rank's, w_k.
             ranks: how many have a weight; none: what was, stays.
             now: what all ranks know.
+            waits: whether the average must be there when this returns; here it is in any case.
         """
         reducer, lap = self.reducer, self.timings.lap
         self._outcome = Outcome()
@@ -182,9 +187,9 @@ class Pipeline:
         chunk.save(arrays, values)
 
     def _close(self, arrays: Sequence[Array], ranks: int, due: Sequence[Chunk]) -> None:
-        if not ranks and self._anchor is not None:
-            self._anchor.restore(arrays)
         averaged = layout.stretches(due)
+        if not ranks and self._anchor is not None:
+            self._anchor.restore(arrays, averaged)
         for stage in reversed(self._stages if ranks else ()):
             stage.close(arrays, averaged)
             self.timings.lap(stage.part)

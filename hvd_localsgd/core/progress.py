@@ -52,9 +52,9 @@ class Progress:
     wants_stop: bool = False
     stopping: bool = False
 
-    def begin(self, total: int, now: Now, interval: int, parts: int) -> None:
-        """A training of its own; steps are counted on from ``total``. ``parts``: syncs in which the whole model is averaged."""
-        self.earlier, self.landing = deque(maxlen=parts - 1 if parts > 1 else None), 0
+    def begin(self, total: int, now: Now, interval: int, several: int) -> None:
+        """A training of its own; steps are counted on from ``total``. ``several``: syncs in which the whole model is averaged."""
+        self.earlier, self.landing = deque(maxlen=several - 1), 0
         self.total, self.last, self.began, self.sync = total, now, time.perf_counter(), 0.0
         self.steps, self.samples, self.interval = 0, 0.0, interval
         self.position = self.reached = 0.0

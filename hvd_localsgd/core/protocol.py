@@ -61,7 +61,7 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
         last: what all ranks knew at the last sync; None: training begins.
     """
     now = _now(table, settings).after(last)
-    now = _what_is_due(settings, now, last)
+    now = _what_is_due(table, settings, now, last)
     now = replace(now, next=_interval(settings, now))
     weights = _weights(table, settings, now.world)
     if settings.guard is not None and weights.any():
@@ -78,13 +78,14 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
     )
 
 
-def _what_is_due(settings: Settings, now: Now, last: Now | None) -> Now:
+def _what_is_due(table: np.ndarray, settings: Settings, now: Now, last: Now | None) -> Now:
     """Everything, where all ranks have come further: to validation, or to the end of an epoch. Before that a part, or a group."""
+    now = replace(now, trained=now.step if last is None else last.trained + int(table["steps"].max()))
     if last is None or now.reached > last.reached:
         return now
     parts, groups = now.parts, settings.groups
     if settings.fragments > 1:
-        before, turn = (_turn(settings, step) for step in (last.step, now.step))
+        before, turn = (_turn(settings, each.trained) for each in (last, now))
         parts = frozenset(each % settings.fragments for each in range(before, turn))
     world = groups is None or now.round % groups.every == 0
     return replace(now, parts=parts, world=world, whole=world and len(parts) == settings.fragments)
@@ -134,7 +135,7 @@ def _interval(settings: Settings, now: Now) -> int:
     """H, and no more than the steps that remain."""
     interval = settings.schedule.interval(now)
     if settings.fragments > 1:
-        interval = -(-(_turn(settings, now.step) + 1) * interval // settings.fragments) - now.step
+        interval = -(-(_turn(settings, now.trained) + 1) * interval // settings.fragments) - now.trained
     return min(interval, now.remaining) if now.remaining and not settings.schedule.exact else interval
 
 

@@ -38,6 +38,7 @@ class Now:
         last: the one before this.
         tracks: what a guard keeps of each rank.
         reached: the position to which every rank has come.
+        trained: steps by which fragments take turns: ``step`` when training began, and from there those of each round that took most.
         parts: of the model's fragments those that are averaged at this sync.
         world: whether over all ranks; otherwise each group by itself.
         whole: whether with this sync all ranks hold the same of everything.
@@ -58,6 +59,7 @@ class Now:
     last: Now | None = None
     tracks: tuple[Any, ...] = ()
     reached: float = 0.0
+    trained: int = 0
     parts: frozenset[int] = frozenset({0})
     world: bool = True
     whole: bool = True

@@ -173,6 +173,13 @@ class Settings:
         return self.sync_every
 
     @property
+    def syncs_per_average(self) -> int:
+        """In how many syncs in a row the whole model is averaged over all ranks."""
+        if self.groups is not None:
+            return self.groups.every
+        return min(self.fragments, self.schedule.interval(Now(0))) if self.fragments > 1 else 1
+
+    @property
     def measures_change(self) -> bool:
         """Whether something is made of the change since the last sync."""
         return not isinstance(self.outer, Mean) or self.has_anchor or self.control_variates
@@ -253,7 +260,7 @@ def _exact_is_equal(chosen: Settings) -> str | None:
 
 
 def _overlap_ends_in_its_round(chosen: Settings) -> str | None:
-    steps = chosen.schedule.interval(Now(0)) // chosen.fragments if isinstance(chosen.schedule, Constant) else 0
+    steps = max(1, chosen.schedule.interval(Now(0)) // chosen.fragments) if isinstance(chosen.schedule, Constant) else 0
     if chosen.overlap and 0 < steps <= chosen.overlap:
         return (
             f"overlap={chosen.overlap} must be below the {steps} local steps between two syncs: the next average begins with what "

@@ -207,7 +207,7 @@ class LocalSGDCallback(Recorded, Callback):
         if due:
             finish_device_work()
             self._timings.lap("compute")
-            self._synchronise(engine.proceed)
+            self._synchronise(engine.proceed, engine.progress.steps >= engine.progress.interval)
 
     def _updates_this_epoch(self) -> int:
         return self._updates_done() - self._updates_before
@@ -259,9 +259,10 @@ class LocalSGDCallback(Recorded, Callback):
 
     # Sync, and what surrounds it.
 
-    def _synchronise(self, sync: Callable[[], list[bytes]]) -> list[bytes]:
+    def _synchronise(self, sync: Callable[[], list[bytes]], ends_round: bool = True) -> list[bytes]:
         engine = self._engine
-        self._input.estimate(self._timings)
+        if ends_round:
+            self._input.estimate(self._timings)
         self._tell()
         if self.model.stop_training:
             engine.request_stop()

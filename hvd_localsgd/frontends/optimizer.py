@@ -456,12 +456,13 @@ def _assign(variable: Any, value: Any) -> None:
 
 
 def _check_takes_plain_steps(optimizer: keras.optimizers.Optimizer) -> None:
-    momentum = getattr(optimizer, "momentum", 0)
-    if not isinstance(optimizer, keras.optimizers.SGD) or momentum:
-        has = f" with momentum={momentum}" if momentum else ""
+    others = ("momentum", "clipnorm", "clipvalue", "global_clipnorm", "ema_overwrite_frequency")
+    found = [f"{name}={value}" for name in others if (value := getattr(optimizer, name, None))]
+    if not isinstance(optimizer, keras.optimizers.SGD) or found:
+        has = f" with {', '.join(found)}" if found else ""
         raise ValueError(
             "control_variates take a rank's way since the last sync for the sum of its gradients times the rate, which it is with plain "
-            f"SGD: use keras.optimizers.SGD without momentum. Received: {type(optimizer).__name__}{has}"
+            f"SGD: use keras.optimizers.SGD without momentum and clipping. Received: {type(optimizer).__name__}{has}"
         )
 
 

@@ -91,7 +91,7 @@ def test_the_exchange_is_numpys_round_after_round(lsgd, gather, name):
 @pytest.mark.usefixtures("several_ranks")
 def test_what_is_lost_once_is_made_up_for(lsgd, gather):
     """A change far below a code of its block is lost in each round, and arrives all the same."""
-    x = np.zeros(BLOCK, np.float32)
+    x = np.zeros(8 * BLOCK, np.float32)
     with lsgd.ModelAverager([x], 1, compression="int8") as averager:
         for _ in range(400):
             x[0] += 1.0

@@ -99,9 +99,10 @@ class TensorFlowMemory:
         """Whether it was made for these variables."""
         return list(map(id, averaged)) == list(map(id, self.variables))
 
-    def settle(self) -> None:
+    def settle(self, world: bool) -> None:
         """State as it was prepared; constraints, which a mean of weights that obey them need not obey."""
-        self._reset_state()
+        if world:
+            self._reset_state()
         if not self._lent:  # else what is assigned here is written over by the graph, which does it itself
             self._constrain()
 
