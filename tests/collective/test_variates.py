@@ -301,9 +301,10 @@ def test_front_ends_and_optimizers_that_cannot_are_refused(lsgd):
     for inner, received in [
         (keras.optimizers.Adam(), "Adam"),
         (keras.optimizers.SGD(0.1, momentum=0.9), "SGD with momentum=0.9"),
+        (keras.optimizers.SGD(0.1, clipnorm=1.0), "SGD with clipnorm=1.0"),
         (keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()), "Adam"),
     ]:
-        with pytest.raises(ValueError, match=f"SGD without momentum. Received: {received}$"):
+        with pytest.raises(ValueError, match=f"SGD without momentum and clipping. Received: {received}$"):
             lsgd.LocalSGDOptimizer(inner, control_variates=True)
     averager = lsgd.ModelAverager(NumpyMemory([np.zeros(2)]), control_variates=True)
     with pytest.raises(ValueError, match="statistics and control_variates are for lists"):
