@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
+from hvd_localsgd.core.reducers import Library
 
 from . import reference
 
@@ -27,29 +28,15 @@ WAYS = {
 }
 
 
-class TakesTensors:
+class TakesTensors(Library):
     """A reducer that is given whole tensors, as Horovod's is, and adds them by way of the host."""
 
-    chunk_bytes, one_sided = None, False
-
     def __init__(self, communicator):
-        self.communicator = communicator
-
-    def start(self, plan, arrays):
-        pass
+        super().__init__(communicator, None)
 
     def sum(self, chunk, values):
         assert isinstance(values, tf.Tensor)
         return tf.constant(self.communicator.allreduce(np.array(values)))
-
-    def total(self, value):
-        return float(self.communicator.allreduce(np.array([value]))[0])
-
-    def bytes(self, chunk):
-        return 4 * chunk.elements
-
-    def free(self):
-        pass
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -109,10 +96,11 @@ def test_an_average_that_overflows_is_an_error(lsgd):
         lsgd.ModelAverager([own], 1, broadcast=False, weighting="samples", reducer=Doubles).step()
 
 
-class Doubles(TakesTensors):
+class Doubles(Library):
     """So that numbers overflow that an average does not let overflow."""
 
-    chunk_bytes = 1 << 20
+    def __init__(self, communicator):
+        super().__init__(communicator, 1 << 20)
 
     def sum(self, chunk, values):
         with np.errstate(over="ignore"):
