@@ -9,6 +9,8 @@ import tensorflow as tf
 
 from . import reference
 
+pytestmark = pytest.mark.pairs
+
 INNER = {
     "sgd": lambda: keras.optimizers.SGD(0.05),
     "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True),
