@@ -38,6 +38,7 @@ def test_after_a_sync_every_rank_holds_numpys_mean_of_all_ranks(lsgd, gather, in
     reference.assert_same_everywhere(gather, model)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("state", ["keep", "average", "reset"])
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_fit_follows_algorithm_1_with_each_optimizer_state_policy(lsgd, gather, optimizer, state):
@@ -308,6 +309,7 @@ def test_exponential_moving_averages_end_equal(lsgd, gather):
     reference.assert_same_everywhere(gather, model)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("arguments", [{"jit_compile": True}, {"run_eagerly": True}])
 def test_compiled_by_xla_and_eager(lsgd, arguments):
     model = reference.compiled(keras.optimizers.SGD(0.05), **arguments)
@@ -379,6 +381,7 @@ def test_time_goes_where_it_was_spent(lsgd):
         assert sum(r.wait for r in rounds) > 0.5 * 30 * 0.02
 
 
+@pytest.mark.pairs
 def test_waiting_for_data_inside_keras_step_is_input(lsgd):
     x, y = reference.data(0, 100)
 
