@@ -31,7 +31,7 @@ _WAYS: dict[str, dict[str, Any]] = {
 
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
-    """A row per way; each round of one way follows one of each other."""
+    """A row per way, one way after another."""
     import numpy as np
 
     import hvd_localsgd as lsgd
@@ -51,12 +51,12 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
     rows = {way: {"way": way, "seconds": [], "sent": []} for way in averagers}
     for way, averager in averagers.items():
         row = rows[way]
-        per_average = {"fragments": 4, "groups": 2}.get(way, 1)
+        per_average = averager.settings.syncs_per_average
         averager.begin()
         for _ in range((arguments.repeats + 3) * per_average):  # the first are never encoded
             report.slowest(0.0)  # a barrier
             before, start, work = _sent_bytes(), time.perf_counter(), 0.0
-            for _ in range(interval // per_average if way == "fragments" else interval):
+            for _ in range(interval // min(averager.settings.fragments, per_average)):
                 began = time.perf_counter()
                 _local_step(own, noise, arguments.step)
                 work += time.perf_counter() - began

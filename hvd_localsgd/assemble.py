@@ -135,7 +135,7 @@ def engine(
     more: list[stages.Stage] = [stages.Progress()] if alone else []
     if settings.compression is not None and communicator.size > 1:
         anchor = next(stage for stage in outer if isinstance(stage, guards.Anchor))
-        more.append(guards.Change(anchor, _warm_up(settings)))
+        more.append(guards.Change(anchor))
     kind = Overlapped if settings.overlap else Pipeline
     pipeline = kind(memory, choose, outer, more, timings, settings.fragments)
     return LocalSGD(settings, communicator, coordination, pipeline, timings, finish_at_exit)
@@ -181,8 +181,7 @@ class _Channels:
     def _encoded(self, communicator: Communicator, plain: Library) -> Reducer:
         if self._settings.compression is None or communicator.size == 1:  # who is alone sends nothing
             return plain
-        codec = native.codec(self._settings.compression)
-        return Encoded(communicator, codec, plain, _warm_up(self._settings))
+        return Encoded(communicator, native.codec(self._settings.compression), plain)
 
     def _part(self, groups: Sequence[Sequence[int]]) -> Communicator:
         key = self._communicator.size, self._settings.overlap > 0, tuple(map(tuple, groups))
@@ -190,11 +189,6 @@ class _Channels:
             self._made[key] = self._communicator.subgroup(groups)
             self._made[key].beside = self._settings.overlap > 0
         return self._made[key]
-
-
-def _warm_up(settings: Settings) -> int:
-    """Syncs in which nothing is encoded yet."""
-    return compression.WARM_UP * settings.syncs_per_average
 
 
 def _outer_steps(settings: Settings) -> list[stages.Stage]:

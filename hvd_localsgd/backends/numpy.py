@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -40,7 +39,7 @@ class NumpyMemory:
         self.prepare((), lambda: None)
         wires = [np.dtype(np.float64 if array.dtype == np.float64 else np.float32) for array in arrays]
         self.blocks = [
-            Block(a.size, wire, a.dtype == wire, **asdict(kinds.get(id(a), Kind())))
+            Block(a.size, wire, a.dtype == wire, kinds.get(id(a), Kind()))
             for a, wire in zip(arrays, wires, strict=True)
         ]
 

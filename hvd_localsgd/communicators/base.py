@@ -93,9 +93,7 @@ class Communicator(ABC):
     def allgather(self, part: np.ndarray, received: np.ndarray) -> None:
         """Every rank's ``part``, of equally many bytes (uint8), by rank: ``received`` is of shape (size, bytes)."""
         received[self.rank] = part
-        for step in range(1, self.size):
-            to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
-            self.sendrecv(part, to, received[source], source)
+        self.alltoall(np.broadcast_to(part, received.shape), received)
 
     @abstractmethod
     def broadcast(self, array: np.ndarray) -> None:

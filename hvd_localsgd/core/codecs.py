@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 BLOCK = 512  # numbers with a scale of their own
+WARM_UP = 2  # averages of the whole model, in which weights move far, before changes are encoded
 _STRETCH = 128 * BLOCK  # stays in cache
 _HALF = np.float32(0.5)
 

@@ -18,7 +18,6 @@ from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
 
 SMALL = 256  # elements; what is smaller is not worth it
-WARM_UP = 2  # averages of the whole model, in which weights move far, before changes are encoded
 
 
 class Encoded:
@@ -30,15 +29,13 @@ class Encoded:
         communicator: of the ranks that add up.
         codec: the encoding.
         plain: for the rest, and for the first syncs.
-        warm_up: how many these are.
     """
 
     one_sided = False
 
-    def __init__(self, communicator: Any, codec: Codec, plain: Reducer, warm_up: int) -> None:
+    def __init__(self, communicator: Any, codec: Codec, plain: Reducer) -> None:
         self.communicator, self.codec, self.plain = communicator, codec, plain
-        self.chunk_bytes, self._warm_up = plain.chunk_bytes, warm_up
-        self._encodes = False
+        self.chunk_bytes, self._encodes = plain.chunk_bytes, False
         self._lost, self._moved = 0.0, 0.0
 
     def start(self, plan: Sequence[Chunk], arrays: Sequence[Array]) -> None:
@@ -55,7 +52,7 @@ class Encoded:
     def prepare(self, now: Now) -> None:
         """The first syncs are plain."""
         self.plain.prepare(now)
-        self._encodes = now.round > self._warm_up
+        self._encodes = now.encoded
         self._lost, self._moved = 0.0, 0.0
 
     def sum(self, chunk: Chunk, values: Array) -> Array:

@@ -159,9 +159,8 @@ class LocalSGD:
             self._landed = Outcome(drift=math.nan)
             return
         weight = float(decision.weights[self._coordination.place])
-        waits = (
-            not self._settings.overlap or decision.reached > self.progress.reached
-        )  # all are here, to see the average
+        all_are_here = decision.reached > self.progress.reached  # and go on with the average
+        waits = all_are_here or not self._settings.overlap
         self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now, waits)
         self._sent, self.progress.landing = decision, self._settings.overlap
         if waits:

@@ -6,7 +6,7 @@ They look at norms, which every rank tells the others in its header: all decide 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,7 +149,7 @@ class Anchor(Stage):
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """The common start."""
         self.old = [np.array(array, block.wire) for block, array in zip(blocks, arrays, strict=True)]
-        self._weights = [(index, 0, block.size) for index, block in enumerate(blocks) if not block.plain]
+        self._weights = [(index, 0, block.size) for index, block in enumerate(blocks) if not block.kind.plain]
 
     def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
         """An average inside a group leaves the anchor where it is."""
@@ -197,30 +197,29 @@ class Change(Stage):
 
     Args:
         anchor: x_old, the same on all ranks once they have averaged.
-        warm_up: syncs in which nothing is encoded.
     """
 
-    def __init__(self, anchor: Anchor, warm_up: int) -> None:
-        self._anchor, self._warm_up = anchor, warm_up
+    def __init__(self, anchor: Anchor) -> None:
+        self._anchor = anchor
 
     def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
         """The first syncs are of the weights themselves."""
-        self._rests = now.round <= self._warm_up
+        self._rests = not now.encoded
 
     def send(self, chunk: Chunk, values: Array) -> Array:
         """The change."""
-        for index, start, stop, offset in self._pieces(chunk):
-            values[offset : offset + stop - start] -= self._anchor.old[index][start:stop]
+        for index, own, place in self._places(chunk):
+            values[place] -= self._anchor.old[index][own]
         return values
 
     def receive(self, chunk: Chunk, values: Array) -> Array:
         """The same sum on all ranks, on the same x_old."""
-        for index, start, stop, offset in self._pieces(chunk):
-            values[offset : offset + stop - start] += self._anchor.old[index][start:stop]
+        for index, own, place in self._places(chunk):
+            values[place] += self._anchor.old[index][own]
         return values
 
-    def _pieces(self, chunk: Chunk) -> Sequence[tuple[int, int, int, int]]:
-        return () if chunk.exact or self._rests else chunk.pieces
+    def _places(self, chunk: Chunk) -> Iterable[tuple[int, slice, slice]]:
+        return () if chunk.exact or self._rests else chunk.places()
 
 
 def _squared(array: Array, old: np.ndarray) -> float:

@@ -15,7 +15,13 @@ _WORTH_A_CHUNK = 1 / 16  # of a chunk: from here on a block is averaged where it
 
 @dataclass(frozen=True, slots=True, order=True)
 class Kind:
-    """What becomes of a variable, beyond being averaged; as in ``Block``."""
+    """What becomes of a variable, beyond being averaged.
+
+    Attributes:
+        plain: of statistics, which are averaged and no more, whatever becomes of the weights' average.
+        exact: never compressed.
+        every: averaged at every so manieth sync.
+    """
 
     plain: bool = False
     exact: bool = False
@@ -30,17 +36,13 @@ class Block:
         size: elements.
         wire: the dtype that travels, float32 or float64.
         whole: the array is of that dtype, so that its memory can be the reduction's buffer.
-        plain: of statistics, which are averaged and no more, whatever becomes of the weights' average.
-        exact: never compressed.
-        every: averaged at every so manieth sync.
+        kind: of its variables.
     """
 
     size: int
     wire: np.dtype
     whole: bool
-    plain: bool = False
-    exact: bool = False
-    every: int = 1
+    kind: Kind = Kind()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Chunk:
         pieces: (block, start, stop, offset in the chunk) of each.
         direct: one piece of one block that can be reduced where it is.
         part: the fragment of the model that it belongs to.
-        exact, every: as of its blocks.
+        exact, every: as of the kind of its blocks; float64 is exact.
     """
 
     number: int
@@ -64,6 +66,11 @@ class Chunk:
     exact: bool = False
     every: int = 1
 
+    def places(self) -> Iterator[tuple[int, slice, slice]]:
+        """Of each piece: its block, where it is in the block, where in the chunk."""
+        for index, start, stop, offset in self.pieces:
+            yield index, slice(start, stop), slice(offset, offset + stop - start)
+
     def load(self, arrays: Sequence[Array], scratch: np.ndarray) -> Array:
         """The values, to be changed: the block's own memory, or a copy of several blocks in ``scratch`` (bytes)."""
         if self.direct:
@@ -71,15 +78,15 @@ class Chunk:
             block = arrays[index]
             return block if stop - start == block.shape[0] else block[start:stop]
         values = scratch[: self.elements * self.dtype.itemsize].view(self.dtype)
-        for index, start, stop, offset in self.pieces:
-            values[offset : offset + stop - start] = arrays[index][start:stop]
+        for index, own, place in self.places():
+            values[place] = arrays[index][own]
         return values
 
     def save(self, arrays: list[Array], values: Array) -> None:
         """The inverse; tensors, which cannot be written to, take the place of their block."""
-        for index, start, stop, offset in self.pieces:
+        for index, own, place in self.places():
             if isinstance(values, np.ndarray):
-                target, piece = arrays[index][start:stop], values[offset : offset + stop - start]
+                target, piece = arrays[index][own], values[place]
                 if not (self.direct and np.may_share_memory(target, piece)):
                     target[:] = piece
             else:
@@ -123,7 +130,7 @@ def plan(blocks: Sequence[Block], chunk_bytes: int | None, parts: int = 1) -> li
 
 
 def _kind(block: Block) -> tuple[int, bool, np.dtype]:
-    return block.every, block.exact or block.wire == np.float64, block.wire
+    return block.kind.every, block.kind.exact or block.wire == np.float64, block.wire
 
 
 def _cut(blocks: Sequence[Block], parts: int) -> list[tuple[int, Stretch]]:

@@ -161,7 +161,7 @@ class OuterStep(Stage):
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """x_old is the common start."""
         self._old = [
-            np.empty(0, block.wire) if block.plain else np.array(array, block.wire)
+            np.empty(0, block.wire) if block.kind.plain else np.array(array, block.wire)
             for block, array in zip(blocks, arrays, strict=True)
         ]
         if self._momentum is None:

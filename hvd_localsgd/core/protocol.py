@@ -17,6 +17,7 @@ import numpy as np
 
 from hvd_localsgd.core import failures
 from hvd_localsgd.core.agreement import check, hosts, where
+from hvd_localsgd.core.codecs import WARM_UP
 from hvd_localsgd.core.failures import Trainer
 from hvd_localsgd.core.header import exchange, row
 from hvd_localsgd.core.progress import BEGIN, FINISHED
@@ -80,7 +81,8 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
 
 def _what_is_due(table: np.ndarray, settings: Settings, now: Now, last: Now | None) -> Now:
     """Everything, where all ranks have come further: to validation, or to the end of an epoch. Before that a part, or a group."""
-    now = replace(now, trained=now.step if last is None else last.trained + int(table["steps"].max()))
+    trained = now.step if last is None else last.trained + int(table["steps"].max())
+    now = replace(now, trained=trained, encoded=now.round > WARM_UP * settings.syncs_per_average)
     if last is None or now.reached > last.reached:
         return now
     parts, groups = now.parts, settings.groups

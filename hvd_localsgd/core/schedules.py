@@ -42,6 +42,7 @@ class Now:
         parts: of the model's fragments those that are averaged at this sync.
         world: whether over all ranks; otherwise each group by itself.
         whole: whether with this sync all ranks hold the same of everything.
+        encoded: whether changes are compressed, if the settings say so: not at first.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Now:
     parts: frozenset[int] = frozenset({0})
     world: bool = True
     whole: bool = True
+    encoded: bool = False
 
     def after(self, last: Now | None) -> Now:
         """With what the sync before has left behind."""

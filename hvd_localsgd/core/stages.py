@@ -49,8 +49,8 @@ class Progress(Stage):
 
     def send(self, chunk: Chunk, values: Array) -> Array:
         """What this rank has learned since it last read the average."""
-        for index, start, stop, offset in chunk.pieces:
-            values[offset : offset + stop - start] -= self._read[index][start:stop]
+        for index, own, place in chunk.places():
+            values[place] -= self._read[index][own]
         return values
 
     def receive(self, chunk: Chunk, values: Array) -> Array:
@@ -120,10 +120,10 @@ class Finite(Stage):
         return values
 
     def _look_closely(self, chunk: Chunk, values: np.ndarray) -> None:
-        for index, start, stop, offset in chunk.pieces:
-            unfinite = ~np.isfinite(values[offset : offset + stop - start])
+        for index, own, place in chunk.places():
+            unfinite = ~np.isfinite(values[place])
             if unfinite.any():
-                self.found = index, start + int(unfinite.argmax())
+                self.found = index, own.start + int(unfinite.argmax())
                 return
 
 

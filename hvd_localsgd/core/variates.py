@@ -26,7 +26,7 @@ class Variates(Stage):
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """Nothing is known of the ranks' gradients: a training begins as Local SGD."""
         self._rates = 0.0
-        self._corrections = [np.zeros(0 if block.plain else block.size, block.wire) for block in blocks]
+        self._corrections = [np.zeros(0 if block.kind.plain else block.size, block.wire) for block in blocks]
         self._sent = [np.empty_like(correction) for correction in self._corrections]
 
     def count(self, rates: float) -> None:
@@ -55,7 +55,5 @@ class Variates(Stage):
         return self._corrections[block][start:stop]
 
     def _pieces(self, chunk: Chunk) -> Iterator[tuple[int, slice, slice]]:
-        """Block, where in it, and where in the chunk, of all that is weights."""
-        for index, start, stop, offset in chunk.pieces:
-            if self._corrections[index].size:
-                yield index, slice(start, stop), slice(offset, offset + stop - start)
+        """Of all that is weights."""
+        return (each for each in chunk.places() if self._corrections[each[0]].size)

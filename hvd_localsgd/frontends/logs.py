@@ -48,9 +48,8 @@ def spread(entries: Sequence[dict[str, Any]], rounds: Sequence[Round]) -> dict[s
     """
     trained = [entry for entry in entries if entry["samples"]] or entries
     losses = [loss for entry in trained if isinstance(loss := entry["logs"].get("loss"), float)] or [math.nan]
-    drifts = [r.drift for r in rounds if r.bytes or r.size == 1] or [
-        math.nan
-    ]  # with overlap some rounds have no average
+    averaged = [r for r in rounds if r.bytes or r.size == 1]  # with overlap nothing arrives in some rounds
+    drifts = [r.drift for r in averaged] or [math.nan]
     return {"loss_min": float(np.min(losses)), "loss_max": float(np.max(losses)), "drift": float(np.mean(drifts))}
 
 

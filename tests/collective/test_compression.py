@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hvd_localsgd.core import compression
+from hvd_localsgd.core import codecs, compression
 
 BLOCK, SIZE, ROUNDS = 512, 2 * 512 * 3 + 100, 6
 
@@ -60,12 +60,12 @@ def test_the_exchange_is_numpys_round_after_round(lsgd, gather, name):
     exchange, expected = Exchange(name, lsgd.size()), np.zeros(SIZE)
     averager = lsgd.ModelAverager([x, small, double], 1, statistics=[statistics], compression=name)
     with averager:
-        for number in range(1, compression.WARM_UP + ROUNDS + 1):
+        for number in range(1, codecs.WARM_UP + ROUNDS + 1):
             changes = np.array(gather(random.normal(size=SIZE).astype(np.float32)))
             for each in (x, small, statistics, double):
                 each += changes[lsgd.rank()][: each.size]
             averager.step()
-            plain = number <= compression.WARM_UP
+            plain = number <= codecs.WARM_UP
             expected += changes.mean(0) if plain else exchange.mean(changes)
             # A number that lies between two codes may be rounded either way.
             np.testing.assert_allclose(
@@ -78,7 +78,7 @@ def test_the_exchange_is_numpys_round_after_round(lsgd, gather, name):
     means = [np.mean([each[k] for each in gather([small, statistics, double])], axis=0) for k in range(3)]
     for own, mean in zip((small, statistics, double), means, strict=True):
         np.testing.assert_array_equal(own, mean.astype(own.dtype))
-    encoded = [each for each in averager.timings if each.interval][compression.WARM_UP :]
+    encoded = [each for each in averager.timings if each.interval][codecs.WARM_UP :]
     least, most = {"int8": (1e-3, 0.02), "fp16": (1e-5, 1e-3), "bf16": (1e-4, 5e-3)}[name]
     assert all(least < each.error < most for each in encoded)
     full = averager.timings[0].bytes

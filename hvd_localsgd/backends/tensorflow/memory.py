@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
@@ -76,7 +76,7 @@ class TensorFlowMemory:
             alike = [part for part, each in zip(parts, own, strict=True) if each == kind]
             ways = _ways(alike, tensors or on_device, on_device)
             self._ways += ways
-            self.blocks += [replace(block, **asdict(kind)) for way in ways for block in way.blocks]
+            self.blocks += [replace(block, kind=kind) for way in ways for block in way.blocks]
         self._lent: Sequence[tf.Tensor] | None = None
         self._write_compiled = tf.function(lambda tensors: self._write(tensors, packed=True), autograph=False)
 

@@ -24,7 +24,7 @@ class KerasOuterStep(Stage):
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """x_old is the common start; the optimizer's state goes on from training to training."""
-        self._weights = [index for index, block in enumerate(blocks) if not block.plain]
+        self._weights = [index for index, block in enumerate(blocks) if not block.kind.plain]
         values = [tf.constant(np.array(arrays[index], blocks[index].wire)) for index in self._weights]
         if self._old is None:
             self._old = [tf.Variable(value, name=f"weights_{number}") for number, value in enumerate(values)]
