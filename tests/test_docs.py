@@ -34,3 +34,14 @@ def test_make_targets_in_the_documentation_exist():
         for target in re.findall(r"^(?:    )?make ([\w.]+)|`make ([\w.]+)`", page.read_text(), re.M):
             name = "".join(target)
             assert re.search(rf"^({re.escape(name)}|\$\(VENV\)):", makefile, re.M), f"{page.name} names make {name}"
+
+
+def test_tests_that_claims_name_exist():
+    for line in (launched.ROOT / "docs" / "claims.md").read_text().splitlines():
+        file = None
+        for named, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?", line):
+            file = named or file
+            if named:
+                assert (launched.ROOT / named).exists(), line
+            if test:
+                assert file and f"def {test}" in (launched.ROOT / file).read_text(), line

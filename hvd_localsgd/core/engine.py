@@ -13,14 +13,14 @@ steps, until all ranks are as far as it is.
 from __future__ import annotations
 
 import json
-import math
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from hvd_localsgd.core import agreement, failures, header, protocol
 from hvd_localsgd.core.agreement import NOTHING, Context
-from hvd_localsgd.core.pipeline import Outcome, Pipeline
+from hvd_localsgd.core.averages import Averages
+from hvd_localsgd.core.pipeline import Pipeline
 from hvd_localsgd.core.progress import BEGIN, FINISHED, Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
@@ -44,9 +44,7 @@ class LocalSGD:
         self.thread = threading.get_ident()
         self.progress = Progress()  # for front ends, to be read
         self._settings, self._coordination, self._timings = settings, coordination, timings
-        self._pipeline, self._memory = pipeline, pipeline.memory
-        self._sent: Decision | None = None  # what is on its way
-        self._failed: Decision | None = None  # what arrived and is not finite
+        self._averages = Averages(pipeline, coordination, self.progress, timings, settings)
 
     def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
         """The same start everywhere: all ranks agree on what will be sent, then get rank 0's values.
@@ -55,21 +53,20 @@ class LocalSGD:
         rank 0's counts. ``context``: what must be the same besides settings and variables. Raises, on every rank, ValueError
         naming the first difference; RankFailed if another is in the middle of training.
         """
-        description = agreement.describe(self._settings, self._memory.description(), context)
+        memory = self._averages.memory
+        description = agreement.describe(self._settings, memory.description(), context)
         self._model = agreement.fingerprint(description)
         own = header.row(engine=self.number, model=self._model, position=BEGIN, finite=True, **self.progress.seen)
         own["total"] = self.progress.total if total is None else total
         failures.begin(self)
         with failures.together(self):
             table = protocol.agree(self.communicator, own, description)
-            table["total"] = table["total"][0]
-            moved = self._memory.broadcast(self.communicator)
-            self._pipeline.start()
+            moved = memory.broadcast(self.communicator)
+            self._averages.start()
             self._coordination.start()
+        table["total"] = table["total"][0]
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
-        several = self._settings.syncs_per_average
-        self.progress.begin(decision.now.step, decision.now, int(decision.intervals[0]), several)
-        self._sent, self._failed, self._landed = None, None, Outcome()
+        self.progress.begin(decision.now, int(decision.intervals[0]), self._settings.syncs_per_average)
         self._timings.begin(self.communicator.rank)
         return moved
 
@@ -84,7 +81,7 @@ class LocalSGD:
         if self.progress.steps >= self.progress.interval:
             return self.synchronise()
         with failures.together(self):
-            self._land()
+            self._averages.land()
         return []
 
     def synchronise(self, message: bytes = b"", due: bool = True) -> list[bytes]:
@@ -101,10 +98,10 @@ class LocalSGD:
             RankFailed: on all ranks alike, if one of them has failed or holds weights that are not finite.
         """
         with self._coordination.together(self):
-            self._land()
+            self._averages.land()
             decision = self._decide(due)
             if decision.average:
-                self._average(decision)
+                self._averages.make(decision)
                 self._record(self.progress.interval, decision.staleness)
                 self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
             return self._exchange_messages(decision, message)
@@ -123,7 +120,7 @@ class LocalSGD:
         with failures.together(self):
             self._coordination.meet_all()
             self._timings.lap("wait")
-            self._pipeline.finish()
+            self._averages.finish()
             self._record(0)
             entries = self.communicator.gather(json.dumps(self._timings.sums()).encode())
             self._timings.totals = [json.loads(entry) for entry in entries]
@@ -137,68 +134,27 @@ class LocalSGD:
         """This rank wants training to stop: all will hear of it at the next sync."""
         self.progress.wants_stop = True
 
-    # The parts of a sync, in the order in which they come.
+    # What surrounds the average.
 
     def _decide(self, due: bool) -> Decision:
         progress, timings = self.progress, self._timings
         if timings.rounds:  # the first round traces and compiles
             progress.measure(timings.parts["compute"] + timings.parts["input"])
-        finite = self._memory.is_finite()
-        norm = self._pipeline.norm() if self._settings.guard is not None else 0.0
-        own = header.row(engine=self.number, model=self._model, due=due, finite=finite, norm=norm, **progress.fields())
+        own = header.row(engine=self.number, model=self._model, due=due, **self._averages.look(), **progress.fields())
         decision = self._coordination.decide(own, progress.last)
         timings.lap("wait")
-        if self._failed is not None:  # the average before this one: now all ranks are here to hear of it
-            self._refuse_average(self._failed)
+        self._averages.refuse_what_failed()  # the average before this one: now all ranks are here to hear of it
         progress.stopping = decision.stop
         return decision
 
-    def _average(self, decision: Decision) -> None:
-        if decision.unfinite:
-            self._coordination.refuse(decision)
-            self._landed = Outcome(drift=math.nan)
-            return
-        weight = float(decision.weights[self._coordination.place])
-        all_are_here = decision.reached > self.progress.reached  # and go on with the average
-        waits = all_are_here or not self._settings.overlap
-        self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now, waits)
-        self._sent, self.progress.landing = decision, self._settings.overlap
-        if waits:
-            self._land()
-            if self._failed is not None:
-                self._refuse_average(self._failed)
-        timings = self._timings.parts
-        self.progress.measure_sync(sum(timings[part] for part in ("pack", "communicate", "unpack", "outer")))
-
-    def _land(self) -> None:
-        """The average that was sent, if any was, is here, or is waited for."""
-        if (sent := self._sent) is None:
-            return
-        landed = self._pipeline.land()
-        self._landed = self._landed.and_then(landed)
-        self._sent, self.progress.landing = None, 0
-        if math.isfinite(landed.drift):
-            self._memory.settle(sent.now.world)
-            self._timings.lap("outer")
-        else:
-            self._failed = sent
-
-    def _refuse_average(self, decision: Decision) -> None:
-        self._coordination.refuse_average(decision, self._pipeline.unfinite)
-
     def _exchange_messages(self, decision: Decision, message: bytes) -> list[bytes]:
-        progress = self.progress
-        if decision.reached <= progress.reached:
+        if not self.progress.reach(decision.reached):
             return []
-        progress.reached = decision.reached
-        assert progress.last is not None
-        progress.last = replace(progress.last, reached=decision.reached)
-        messages = self._coordination.gather(message if progress.reached == progress.position else b"")
+        messages = self._coordination.gather(message if decision.reached == self.progress.position else b"")
         self._timings.lap("communicate")
         return messages
 
     def _record(self, interval: int, staleness: int = 0) -> None:
-        who, outcome = self.communicator, replace(self._landed, staleness=staleness)
+        who, outcome = self.communicator, self._averages.end_round(staleness)
         facts = {"interval": interval, **self.progress.round(), **asdict(outcome)}
         self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
-        self._landed = Outcome()

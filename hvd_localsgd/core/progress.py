@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hvd_localsgd.core.schedules import Now
@@ -52,10 +52,10 @@ class Progress:
     wants_stop: bool = False
     stopping: bool = False
 
-    def begin(self, total: int, now: Now, interval: int, several: int) -> None:
-        """A training of its own; steps are counted on from ``total``. ``several``: syncs in which the whole model is averaged."""
+    def begin(self, now: Now, interval: int, several: int) -> None:
+        """A training of its own; steps are counted on from ``now``'s. ``several``: syncs in which the whole model is averaged."""
         self.earlier, self.landing = deque(maxlen=several - 1), 0
-        self.total, self.last, self.began, self.sync = total, now, time.perf_counter(), 0.0
+        self.total, self.last, self.began, self.sync = now.step, now, time.perf_counter(), 0.0
         self.steps, self.samples, self.interval = 0, 0.0, interval
         self.position = self.reached = 0.0
         self.pace, self.wants_stop, self.stopping = 0.0, False, False
@@ -74,6 +74,14 @@ class Progress:
     def next_step(self) -> int:
         """Of the round, after which there is something to do: its end, or an average to take before."""
         return min(self.landing or self.interval, self.interval)
+
+    def reach(self, reached: float) -> bool:
+        """All ranks have come to this position; whether that is further than before."""
+        if reached <= self.reached:
+            return False
+        assert self.last is not None
+        self.reached, self.last = reached, replace(self.last, reached=reached)
+        return True
 
     def measure(self, seconds: float) -> None:
         """The steps of this round took so long: half of it counts, half what was measured before."""
