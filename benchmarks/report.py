@@ -115,6 +115,11 @@ def machine() -> dict[str, Any]:
     """Versions, cores, ranks: what a reader needs to compare two files."""
     from hvd_localsgd import devices
 
+    return {**software(), "ranks": devices.get().size, "communicator": devices.get().name}
+
+
+def software() -> dict[str, Any]:
+    """The part of it that does not depend on ranks."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -127,8 +132,6 @@ def machine() -> dict[str, Any]:
         "versions": versions,
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "ranks": devices.get().size,
-        "communicator": devices.get().name,
     }
 
 

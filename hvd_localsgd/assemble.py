@@ -21,6 +21,7 @@ from hvd_localsgd.core.overlap import Overlapped
 from hvd_localsgd.core.pipeline import Memory, Pipeline
 from hvd_localsgd.core.reducers import Library, Reducer, Ring
 from hvd_localsgd.core.settings import Settings
+from hvd_localsgd.core.survivors import Survivors
 from hvd_localsgd.core.timing import Timings
 from hvd_localsgd.core.variates import Variates
 from hvd_localsgd.errors import CommunicatorError
@@ -136,9 +137,10 @@ def engine(
     if settings.compression is not None and communicator.size > 1:
         anchor = next(stage for stage in outer if isinstance(stage, guards.Anchor))
         more.append(guards.Change(anchor))
+    survivors = Survivors(communicator, settings.on_failure == "continue")
     kind = Overlapped if settings.overlap else Pipeline
-    pipeline = kind(memory, choose, outer, more, timings, settings.fragments)
-    return LocalSGD(settings, communicator, coordination, pipeline, timings, finish_at_exit)
+    pipeline = kind(memory, choose, outer, more, timings, survivors, settings.fragments)
+    return LocalSGD(settings, communicator, coordination, pipeline, timings, survivors, finish_at_exit)
 
 
 # Made once: MPI has room for some thousands. Averages go one after another, so that several models can use the same.
@@ -184,7 +186,12 @@ class _Channels:
         return Encoded(communicator, native.codec(self._settings.compression), plain)
 
     def _part(self, groups: Sequence[Sequence[int]]) -> Communicator:
-        key = self._communicator.size, self._settings.overlap > 0, tuple(map(tuple, groups))
+        key = (
+            self._communicator.generation,
+            self._communicator.size,
+            self._settings.overlap > 0,
+            tuple(map(tuple, groups)),
+        )
         if key not in self._made:
             self._made[key] = self._communicator.subgroup(groups)
             self._made[key].beside = self._settings.overlap > 0

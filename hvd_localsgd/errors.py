@@ -15,6 +15,18 @@ class CommunicatorError(LocalSGDError):
     """The communicator that was asked for cannot be used here; the message says what to install or change."""
 
 
+class RankDied(LocalSGDError):
+    """A rank is gone, seen by this one: raised where the others can go on without it.
+
+    Attributes:
+        all_know: every rank that is left raises this at the same place.
+    """
+
+    def __init__(self, words: str, all_know: bool = False) -> None:
+        super().__init__(words)
+        self.all_know = all_know
+
+
 class BuildError(LocalSGDError):
     """Horovod or the kernel could not be built, or does not work once it is."""
 

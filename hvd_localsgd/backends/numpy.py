@@ -47,6 +47,14 @@ class NumpyMemory:
         """As ``TensorFlowMemory.prepare``."""
         self._start, self._reset_state = list(start), reset_state
 
+    def clear(self, arrays: list[np.ndarray]) -> None:
+        """In place."""
+        for array in arrays:
+            array[:] = 0
+
+    def restart(self) -> None:
+        """The optimizer is the loop's own."""
+
     def settle(self, world: bool) -> None:
         """As it was prepared."""
         if world:
@@ -67,12 +75,11 @@ class NumpyMemory:
 
     def broadcast(self, communicator: Any) -> bool:
         """Into the arrays."""
-        changed = []
-        for array in self._start:
-            value = agreement.from_rank_0(array.reshape(-1), communicator)
+        received = [(array, agreement.from_rank_0(array.reshape(-1), communicator)) for array in self._start]
+        changed = {id(array) for array, value in received if value is not None}
+        for array, value in received:
             if value is not None:
                 array.reshape(-1)[:] = value
-                changed.append(id(array))
         return any(id(array) in changed for array in self._arrays)
 
     def is_finite(self) -> bool:

@@ -64,6 +64,11 @@ class Communicator(ABC):
     local_rank: int
     local_size: int
     host: str
+    hosts: list[str]  # of every rank
+    began: int  # how many ranks there were at first
+    members: list[int]  # what number each rank had then
+    resilient = False  # whether the others can go on when a rank dies: then calls raise RankDied
+    generation = 0  # how often ranks were lost
     threads = True  # whether two threads may call at the same moment, each a communicator of its own
     beside = False  # whether a thread calls it beside the one that trains: waiting gives the core to others
     takes_tensors = False  # whether ``allreduce`` takes tensors too, and would rather have them: they may be on a GPU
@@ -116,6 +121,14 @@ class Communicator(ABC):
         part = copy.copy(self)
         part.restrict(groups)
         return part
+
+    def agree(self, well: bool) -> bool:
+        """Whether every rank says that all is well, and none has died; the same on all that are left."""
+        return well
+
+    def shrink(self) -> list[int]:
+        """Become the communicator of the ranks that are left, in place; their numbers before, in order."""
+        raise CommunicatorError(f"communicator {self.name!r} cannot go on without a rank that has died.")
 
     def share(self, values: np.ndarray) -> SharedVector:
         """One-sided memory with ``values`` in it, the same on every rank; a stretch lies on each."""

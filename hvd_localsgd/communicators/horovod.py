@@ -45,6 +45,11 @@ class HorovodCommunicator(Communicator):
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self.host = socket.gethostname()
+        self._know_the_others()
+
+    def _know_the_others(self) -> None:
+        self.hosts = [host.decode() for host in self.gather(self.host.encode())]
+        self.began, self.members = self.size, list(range(self.size))
 
     def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
         """An allgather of bytes. Horovod itself warns after 60 s which ranks are missing."""
@@ -114,9 +119,9 @@ class HorovodCommunicator(Communicator):
             raise ValueError(f"rank {self.rank} is in none of the groups {[list(g) for g in groups]}")
         self._set, ranks = mine
         self.rank, self.size = ranks.index(own), len(ranks)
-        names = [host.decode() for host in self.gather(self.host.encode())]
-        self.local_size = names.count(self.host)
-        self.local_rank = names[: self.rank].count(self.host)
+        self._know_the_others()
+        self.local_size = self.hosts.count(self.host)
+        self.local_rank = self.hosts[: self.rank].count(self.host)
 
     def _process_set(self, ranks: list[int]) -> Any:
         """Horovod allows one for the same ranks."""

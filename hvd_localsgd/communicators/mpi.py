@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,30 @@ import numpy as np
 
 from hvd_localsgd.communicators.base import Communicator, OfThisProcess, SharedVector
 from hvd_localsgd.communicators.launchers import launched_size
-from hvd_localsgd.errors import CommunicatorError
+from hvd_localsgd.errors import CommunicatorError, RankDied
 
+_ULFM = "OMPI_MCA_mpi_ft_enable"  # which mpirun --with-ft ulfm sets
 _SPIN_SECONDS = 2e-3
 _LONGEST_PAUSE = 1e-3
 _GENTLE_SECONDS = 3e-4
 _FEW = 1024  # numbers
 _ANSWER_SECONDS = 5e-4
 STALL_SECONDS = float(os.environ.get("HVD_LOCALSGD_STALL_WARNING", "60"))  # of waiting, until it is said for whom
+
+
+def _notices_death(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A rank's death, or that another has noticed it, becomes RankDied; nobody waits for it any more."""
+
+    @functools.wraps(method)
+    def call(self: MPICommunicator, *arguments: Any, **named: Any) -> Any:
+        try:
+            return method(self, *arguments, **named)
+        except self._mpi.Exception as error:
+            if not self.resilient or error.Get_error_class() not in self._lost:
+                raise
+            raise self._died() from error
+
+    return call
 
 
 class MPICommunicator(Communicator):
@@ -68,18 +86,25 @@ class MPICommunicator(Communicator):
             )
         self._mpi = MPI
         self.threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self.resilient = os.environ.get(_ULFM) in ("1", "true")
+        # The last: it is in one of several requests.
+        lost = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED", "ERR_IN_STATUS")
+        self._lost = [getattr(MPI, name, None) for name in lost]
+        self.began, self.members, self._family = found, list(range(found)), list[Any]()
         self._use(MPI.COMM_WORLD.Dup())
 
     def _use(self, comm: Any) -> None:
         node = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
         self._comm, self._notices = comm, comm.Dup()
+        self._family += [comm, self._notices]  # shared with the sub-groups, which are shallow copies
         self._exchanges, self._arrived = 0, np.zeros(comm.Get_size(), np.int64)
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         self.host = self._mpi.Get_processor_name()
-        self._hosts = [host.decode() for host in self.gather(self.host.encode())]
+        self.hosts = [host.decode() for host in self.gather(self.host.encode())]
         node.Free()
 
+    @_notices_death
     def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
         """Non-blocking allgather, polled, so that a rank that waits long does not burn a core."""
         table = np.empty(self.size, row.dtype)
@@ -113,7 +138,7 @@ class MPICommunicator(Communicator):
         missing = np.flatnonzero(self._arrived < self._exchanges)
         speaker = 0 if self._arrived[0] == self._exchanges else 1
         if self.rank == speaker and missing.size:
-            names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in missing[:8])
+            names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in missing[:8])
             more = f" and {missing.size - 8} more" if missing.size > 8 else ""
             print(
                 f"hvd_localsgd: rank {self.rank} on {self.host} has waited for {waited:.0f} s; not here: {names}{more}",
@@ -127,6 +152,7 @@ class MPICommunicator(Communicator):
             self._notices.Recv(notice)
             self._arrived[notice[0]] = notice[1]
 
+    @_notices_death
     def allreduce(self, values: np.ndarray) -> np.ndarray:
         """MPI_Allreduce in place; polled where it is a number or two, for large ones of that kind are slow."""
         if not self.beside or values.size > _FEW:
@@ -137,6 +163,7 @@ class MPICommunicator(Communicator):
             time.sleep(_GENTLE_SECONDS)
         return values
 
+    @_notices_death
     def sendrecv(self, values: np.ndarray, to: int, received: np.ndarray, source: int) -> None:
         """MPI_Sendrecv; or its two halves, polled."""
         if not self.beside:
@@ -146,12 +173,14 @@ class MPICommunicator(Communicator):
         while not self._mpi.Request.Testall(requests):
             time.sleep(_GENTLE_SECONDS)
 
+    @_notices_death
     def broadcast(self, array: np.ndarray) -> None:
         """MPI_Bcast of the raw bytes (MPI knows no bfloat16), in pieces below MPI's 2^31 limit."""
         raw = array.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, 1 << 28):
             self._comm.Bcast(raw[start : start + (1 << 28)], root=0)
 
+    @_notices_death
     def gather(self, data: bytes) -> list[bytes]:
         """Lengths first, then MPI_Allgatherv."""
         lengths = np.empty(self.size, np.int64)
@@ -171,15 +200,73 @@ class MPICommunicator(Communicator):
                 f"here ({error}). Some libraries have it only inside a host or on InfiniBand; mode='sync' works everywhere."
             ) from error
 
+    @_notices_death
     def restrict(self, groups: Sequence[Sequence[int]]) -> None:
         """MPI_Comm_split."""
         colors = {rank: color for color, ranks in enumerate(groups) for rank in ranks}
         if self.rank not in colors:
             raise ValueError(f"rank {self.rank} is in none of the groups {[list(g) for g in groups]}")
         self._use(self._comm.Split(colors[self.rank], self.rank))
+        self.began, self.members = self.size, list(range(self.size))
+
+    # What a rank's death needs of MPI: ULFM, which Open MPI 5 has.
+
+    def agree(self, well: bool) -> bool:
+        """MPIX_Comm_agree, which fails, on all ranks alike, if one has died that it did not know of before."""
+        if not self.resilient:
+            return well
+        try:
+            return bool(self._comm.Agree(int(well)))
+        except self._mpi.Exception as error:
+            if error.Get_error_class() not in self._lost:
+                raise
+            return False
+
+    def shrink(self) -> list[int]:
+        """MPIX_Comm_shrink, again and again while ranks die in it. Sub-groups are lost."""
+        self._revoke()
+        before, members, size = self.rank, self.members, self.size
+        while True:
+            self._family.clear()
+            self._comm = self._comm.Shrink()
+            try:
+                self._use(self._comm)
+                numbers = np.empty(self.size, np.int64)
+                self._comm.Allgather(np.array([before], np.int64), numbers)
+                well = True
+            except (RankDied, self._mpi.Exception):
+                self._revoke()
+                well = False
+            if self.agree(well):
+                break
+        self.members = [members[number] for number in numbers]
+        self.generation += self.size < size
+        return numbers.tolist()
+
+    def _revoke(self) -> None:
+        """No rank waits in any of this one's communicators any more, nor in their sub-groups."""
+        for comm in (self._comm, *self._family):
+            with contextlib.suppress(self._mpi.Exception):
+                comm.Revoke()
+
+    def _died(self) -> RankDied:
+        """In words: whom this rank knows to be dead, which need not be all."""
+        dead: list[int] = []
+        with contextlib.suppress(self._mpi.Exception):
+            group, failed = self._comm.Get_group(), self._comm.Get_failed()
+            dead = self._mpi.Group.Translate_ranks(failed, None, group) if failed.size else []
+        names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in dead if 0 <= rank < self.size)
+        self._revoke()
+        return RankDied(f"{names or 'a rank'} has died (seen on rank {self.rank} on {self.host})")
 
     def abort(self) -> None:
-        """MPI_Abort: the launcher stops every other rank and returns non-zero."""
+        """MPI_Abort: the launcher stops every other rank and returns non-zero.
+
+        Where it lets ranks die it may return 0 after MPI_Abort; but it does stop them all, and says so, when one ends with an error.
+        """
+        if self.resilient:
+            self._revoke()
+            os._exit(1)
         self._comm.Abort(1)
 
 

@@ -15,10 +15,11 @@ class SerialCommunicator(Communicator):
     """The identity: sums, broadcasts and gathers over a single rank."""
 
     name = "serial"
-    rank, size, local_rank, local_size = 0, 1, 0, 1
+    rank, size, local_rank, local_size, began = 0, 1, 0, 1, 1
 
     def __init__(self) -> None:
         self.host = socket.gethostname()
+        self.hosts, self.members = [self.host], [0]
 
     def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
         """The one row there is."""

@@ -62,7 +62,7 @@ def check(communicator: Any, fingerprints: np.ndarray, description: str) -> None
 
 def _first_difference(communicator: Any, description: str) -> str:
     entries = [json.loads(entry) for entry in communicator.gather(description.encode())]
-    names = hosts(communicator)
+    names = communicator.hosts
     first_facts, first_parts, first_variables = entries[0]
     for rank, (facts, parts, variables) in enumerate(entries):
         who, whose = where([rank], names), where([0], names)
@@ -89,12 +89,7 @@ def _where_they_differ(one: Any, other: Any) -> tuple[Any, Any]:
     return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
 
 
-def hosts(communicator: Any) -> list[str]:
-    """The host of each rank (collective)."""
-    return [host.decode() for host in communicator.gather(communicator.host.encode())]
-
-
-def where(ranks: Sequence[int], names: Sequence[str]) -> str:
+def where(ranks: Sequence[int], names: Sequence[str] | Mapping[int, str]) -> str:
     """``rank 2 on node7``: how errors name the ranks they are about."""
     named = [f"rank {rank} on {names[rank]}" for rank in ranks]
     return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
+from hvd_localsgd.core.audit import audit
 from hvd_localsgd.core.pipeline import Outcome, Pipeline
 from hvd_localsgd.core.progress import Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.timing import Timings
+from hvd_localsgd.errors import RankDied
 
 
 class Averages:
@@ -29,6 +32,7 @@ class Averages:
         self.memory, self._pipeline, self._coordination = pipeline.memory, pipeline, coordination
         self._progress, self._timings = progress, timings
         self._overlap, self._wants_norm = settings.overlap, settings.guard is not None
+        self._raises, self._restarts = settings.on_nonfinite == "raise", settings.on_nonfinite == "rollback"
 
     def start(self) -> None:
         """All ranks hold the same values and are about to train (collective)."""
@@ -40,30 +44,61 @@ class Averages:
     def look(self) -> dict[str, float]:
         """What the header says of this rank's values: whether they are finite, and how far they have moved if a guard wants to know."""
         norm = self._pipeline.norm() if self._wants_norm else 0.0
-        return {"finite": self.memory.is_finite(), "norm": norm}
+        if self._raises:
+            return {"finite": self.memory.is_finite(), "norm": norm}
+        self._unfinite = self._pipeline.find_unfinite()
+        return {"finite": not self._unfinite, "norm": norm}
 
     def make(self, decision: Decision) -> None:
         """The average that was decided on; with overlap it may only be begun."""
-        if decision.unfinite:
+        place = self._coordination.place
+        if decision.unfinite and (self._raises or not decision.goes_on):
             self._coordination.refuse(decision)
             self._outcome = Outcome(drift=math.nan)
+            self._pipeline.survivors.agree()
             return
-        weight = float(decision.weights[self._coordination.place])
+        weight, blank = float(decision.weights[place]), place in decision.unfinite
         all_are_here = decision.reached > self._progress.reached  # and go on with the average
-        waits = all_are_here or not self._overlap
-        self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now, waits)
+        waits = all_are_here or bool(decision.unfinite) or not self._overlap
+        self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now, waits, blank)
         self._sent, self._progress.landing = decision, self._overlap
         if waits:
             self.land()
             self.refuse_what_failed()
+        if blank:
+            self._start_again(decision.now.step)
         parts = self._timings.parts
         self._progress.measure_sync(sum(parts[part] for part in ("pack", "communicate", "unpack", "outer")))
 
+    def _start_again(self, step: int) -> None:
+        """This rank has taken the others' average."""
+        who = self._coordination.communicator
+        if self._restarts:
+            self.memory.restart()
+        warnings.warn(
+            f"NaN or infinity in {self._unfinite} of rank {who.rank} on {who.host} at local step {step}: it was left out of the average, and goes "
+            "on from it" + (" with a new optimizer." if self._restarts else "."),
+            stacklevel=2,
+        )
+
+    def survived(self) -> None:
+        """Ranks were lost, and with them what was on its way."""
+        self._pipeline.survived()
+
     def land(self) -> None:
-        """What was sent, if anything was, is here, or is waited for."""
+        """What was sent, if anything was, is here, or is waited for.
+
+        Raises:
+            RankDied: it will not come: the round that has sent it goes on.
+        """
         if (sent := self._sent) is None:
             return
-        landed = self._pipeline.land()
+        try:
+            landed = self._pipeline.land()
+        except RankDied:
+            self._sent = None
+            self._progress.take_back()
+            raise
         self._outcome = self._outcome.and_then(landed)
         self._sent, self._progress.landing = None, 0
         if math.isfinite(landed.drift):
@@ -76,6 +111,13 @@ class Averages:
         """Where all ranks are here to hear of it."""
         if self._failed is not None:
             self._coordination.refuse_average(self._failed, self._pipeline.unfinite)
+
+    def audit(self, decision: Decision) -> None:
+        """Whether all ranks hold the same now (collective); what is on its way is not looked at."""
+        if self._sent is None:
+            averaged, communicator = self._pipeline.averaged(decision.now), self._coordination.communicator
+            audit(communicator, self.memory, averaged, decision.now.step)
+        self._pipeline.survivors.agree()
 
     def end_round(self, staleness: int = 0) -> Outcome:
         """Of the averages that landed in it."""

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from hvd_localsgd.core import agreement, failures, header, protocol
 from hvd_localsgd.core.agreement import NOTHING, Context
@@ -24,7 +27,9 @@ from hvd_localsgd.core.pipeline import Pipeline
 from hvd_localsgd.core.progress import BEGIN, FINISHED, Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
+from hvd_localsgd.core.survivors import Survivors
 from hvd_localsgd.core.timing import Timings
+from hvd_localsgd.errors import RankDied
 
 
 class LocalSGD:
@@ -37,13 +42,14 @@ class LocalSGD:
         coordination: Coordination,
         pipeline: Pipeline,
         timings: Timings,
+        survivors: Survivors,
         finish_at_exit: bool,
     ) -> None:
         self.communicator, self.finish_at_exit = communicator, finish_at_exit  # for failures
         self.number, self.count_pending = failures.number(communicator), lambda: None
-        self.thread = threading.get_ident()
+        self.thread, self.goes_on = threading.get_ident(), survivors.go_on
         self.progress = Progress()  # for front ends, to be read
-        self._settings, self._coordination, self._timings = settings, coordination, timings
+        self._settings, self._coordination, self._timings, self._survivors = settings, coordination, timings, survivors
         self._averages = Averages(pipeline, coordination, self.progress, timings, settings)
 
     def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
@@ -58,12 +64,18 @@ class LocalSGD:
         self._model = agreement.fingerprint(description)
         own = header.row(engine=self.number, model=self._model, position=BEGIN, finite=True, **self.progress.seen)
         own["total"] = self.progress.total if total is None else total
-        failures.begin(self)
-        with failures.together(self):
+
+        def start() -> tuple[np.ndarray, bool]:
             table = protocol.agree(self.communicator, own, description)
             moved = memory.broadcast(self.communicator)
             self._averages.start()
             self._coordination.start()
+            self._survivors.agree()
+            return table, moved
+
+        failures.begin(self)
+        with failures.together(self):
+            table, moved = self._survivors.repeat(start)
         table["total"] = table["total"][0]
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
         self.progress.begin(decision.now, int(decision.intervals[0]), self._settings.syncs_per_average)
@@ -81,7 +93,7 @@ class LocalSGD:
         if self.progress.steps >= self.progress.interval:
             return self.synchronise()
         with failures.together(self):
-            self._averages.land()
+            self._land()
         return []
 
     def synchronise(self, message: bytes = b"", due: bool = True) -> list[bytes]:
@@ -98,13 +110,14 @@ class LocalSGD:
             RankFailed: on all ranks alike, if one of them has failed or holds weights that are not finite.
         """
         with self._coordination.together(self):
-            self._averages.land()
-            decision = self._decide(due)
+            self._land()
+            decision = self._survivors.repeat(lambda: self._average(due))
             if decision.average:
-                self._averages.make(decision)
+                if self._settings.audits(decision.now):
+                    self._survivors.repeat(lambda: self._averages.audit(decision))
                 self._record(self.progress.interval, decision.staleness)
                 self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
-            return self._exchange_messages(decision, message)
+            return self._survivors.repeat(lambda: self._exchange_messages(decision, message))
 
     def meet(self, position: float, message: bytes = b"") -> list[bytes]:
         """Take part in syncs until every rank has come to ``position``; then exchange messages."""
@@ -122,8 +135,7 @@ class LocalSGD:
             self._timings.lap("wait")
             self._averages.finish()
             self._record(0)
-            entries = self.communicator.gather(json.dumps(self._timings.sums()).encode())
-            self._timings.totals = [json.loads(entry) for entry in entries]
+            self._timings.totals = self._survivors.repeat(self._exchange_totals)
         failures.end(self)
 
     def tell(self, **seen: float) -> None:
@@ -134,7 +146,26 @@ class LocalSGD:
         """This rank wants training to stop: all will hear of it at the next sync."""
         self.progress.wants_stop = True
 
+    def survived(self, left: Sequence[int]) -> None:
+        """Ranks have died; those with these numbers are left, and go on with their own weights."""
+        self.progress.survived(left)
+        self._averages.survived()
+
     # What surrounds the average.
+
+    def _land(self) -> None:
+        try:
+            self._averages.land()
+        except RankDied as death:  # the steps of its round are still to be averaged
+            self._survivors.recover(death)
+
+    def _average(self, due: bool) -> Decision:
+        decision = self._decide(due)
+        if decision.average:
+            self._averages.make(decision)
+        else:
+            self._survivors.agree()
+        return decision
 
     def _decide(self, due: bool) -> Decision:
         progress, timings = self.progress, self._timings
@@ -148,11 +179,18 @@ class LocalSGD:
         return decision
 
     def _exchange_messages(self, decision: Decision, message: bytes) -> list[bytes]:
-        if not self.progress.reach(decision.reached):
+        if decision.reached <= self.progress.reached:
             return []
         messages = self._coordination.gather(message if decision.reached == self.progress.position else b"")
+        self._survivors.agree()
+        self.progress.reach(decision.reached)
         self._timings.lap("communicate")
         return messages
+
+    def _exchange_totals(self) -> list[dict[str, Any]]:
+        entries = self.communicator.gather(json.dumps(self._timings.sums()).encode())
+        self._survivors.agree()
+        return [json.loads(entry) for entry in entries]
 
     def _record(self, interval: int, staleness: int = 0) -> None:
         who, outcome = self.communicator, self._averages.end_round(staleness)

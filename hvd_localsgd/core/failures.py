@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
@@ -23,7 +23,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from hvd_localsgd.core import header
-from hvd_localsgd.errors import RankFailed, RanksDiffer
+from hvd_localsgd.errors import RankDied, RankFailed, RanksDiffer
 
 TELL_SECONDS = 5.0  # how long a failing rank waits for the others to come to a sync and hear of it
 
@@ -35,6 +35,7 @@ class Trainer(Protocol):
         communicator: through what.
         number: of those on this communicator.
         thread: that made it.
+        goes_on: without ranks that die.
         finish_at_exit: whether a process that ends in good order in between waits for the others; if not, it has left
             them in the middle of something, and the job ends with an error.
     """
@@ -43,6 +44,7 @@ class Trainer(Protocol):
     finish_at_exit: bool
     number: int
     thread: int
+    goes_on: bool
 
     def finish(self) -> None:
         """Wait for the slowest rank's last sync."""
@@ -53,12 +55,16 @@ class Trainer(Protocol):
     def synchronise(self) -> object:
         """Take part in a sync that others make."""
 
+    def survived(self, left: Sequence[int]) -> None:
+        """Other ranks have died; those with these numbers are left."""
+
 
 @dataclass(slots=True)
 class _Process:
     busy: bool = False  # in the middle of a sync: an error now must not start another collective call
     failed: bool = False  # all ranks know that the job has failed
     threads: bool = False  # two threads have trained at once
+    goes_on: bool = False  # a rank may die
     communicator: Any = None  # of the job
     pid: int = 0  # who joined it: a forked child has a copy of all this, and must neither tell others nor end the job
     status: Any = 0  # what sys.exit was given
@@ -81,6 +87,7 @@ def begin(trainer: Trainer) -> None:
         others = [each for each in _process.training.values() if each.communicator is trainer.communicator]
         _process.threads |= any(each.thread != trainer.thread for each in others)
     _check_one_thread(trainer)
+    _process.goes_on |= trainer.goes_on
     _process.training[id(trainer)] = trainer
     _process.failed = False
 
@@ -101,6 +108,13 @@ def trainer(communicator: Any, number: int) -> Trainer | None:
     """The one with that number, if the others count on it."""
     training = _process.training.values()
     return next((each for each in training if each.communicator is communicator and each.number == number), None)
+
+
+def survived(communicator: Any, left: Sequence[int]) -> None:
+    """For all trainers on this communicator, as ``Trainer.survived``."""
+    for each in _process.training.values():
+        if each.communicator is communicator:
+            each.survived(left)
 
 
 @contextlib.contextmanager
@@ -179,12 +193,25 @@ def _leave() -> None:
             end_job(communicator, failure)
     if _process.busy:
         end_job(communicator, RuntimeError("the process ended in the middle of a sync"))
-    if header.leave(communicator, f"has ended{_with_status()}, and others wait for it"):
+    if _all_leave(communicator):
         return
     with contextlib.suppress(Exception):
         communicator.exchange(np.zeros((), np.uint8), timeout=TELL_SECONDS)  # the others are showing their errors
         time.sleep(0.2)
     communicator.abort()
+
+
+def _all_leave(communicator: Any) -> bool:
+    """Whether all ranks have left that are left."""
+    while True:
+        try:
+            return header.leave(communicator, f"has ended{_with_status()}, and others wait for it")
+        except RankDied as death:  # when the others had all they wanted of it
+            if not _process.goes_on:
+                end_job(communicator, death)
+            if not death.all_know:
+                communicator.agree(False)
+            communicator.shrink()
 
 
 def _with_status() -> str:

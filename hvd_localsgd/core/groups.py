@@ -39,7 +39,7 @@ class Groups:
         self.every = every
 
     def of_ranks(self, communicator: Any) -> list[list[int]]:
-        """The ranks of each group (collective).
+        """The ranks of each group, as they are numbered now.
 
         Raises:
             RanksDiffer: on all ranks, if the lists are not of this job's ranks.
@@ -47,11 +47,13 @@ class Groups:
         if communicator.size == 1:
             return [[0]]
         if isinstance(self.ranks, str):
-            hosts = communicator.gather(communicator.host.encode())
+            hosts = communicator.hosts
             return [[rank for rank, host in enumerate(hosts) if host == each] for each in dict.fromkeys(hosts)]
-        if sum(map(len, self.ranks)) != communicator.size:
-            raise RanksDiffer(f"groups={self.ranks!r} are not of {communicator.size} ranks, which this job has.")
-        return self.ranks
+        if sum(map(len, self.ranks)) != communicator.began:
+            raise RanksDiffer(f"groups={self.ranks!r} are not of {communicator.began} ranks, which this job has.")
+        now = {member: rank for rank, member in enumerate(communicator.members)}  # some may have died
+        listed = [[now[member] for member in group if member in now] for group in self.ranks]
+        return [group for group in listed if group]
 
     def get_config(self) -> dict[str, Any]:
         """``{"ranks": ..., "every": ...}``."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.errors import RankFailed
+from hvd_localsgd.errors import RankDied, RankFailed
 
 HEADER = np.dtype(
     [
@@ -68,6 +68,8 @@ def leave(communicator: Any, words: str) -> bool:
     table = communicator.exchange(row(left=True))
     if not table["left"].all():
         communicator.gather(f"rank {communicator.rank} on {communicator.host} {words}".encode())
+    if not communicator.agree(True):
+        raise RankDied("a rank has died", all_know=True)
     return bool(table["left"].all())
 
 

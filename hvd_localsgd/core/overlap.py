@@ -42,13 +42,15 @@ class Overlapped(Pipeline):
             self._flight = None
         super().start()
 
-    def send(self, weight: float, ranks: int, now: Now, waits: bool = True) -> None:
+    def send(self, weight: float, ranks: int, now: Now, waits: bool = True, blank: bool = False) -> None:
         """Begins the average, or makes it where it is waited for; arguments as for ``Pipeline.send``."""
         if waits:
-            super().send(weight, ranks, now)
+            super().send(weight, ranks, now, blank=blank)
             return
-        self._outcome, reducer = Outcome(), self.reducer
-        if reducer is None:
+        self._outcome = Outcome()
+        if self._lost:
+            self._lay_out()
+        if (reducer := self.reducer) is None:
             return
         due = self._due(now)
         stretches = layout.stretches(due)
@@ -60,6 +62,7 @@ class Overlapped(Pipeline):
                 stage.prepare(now, average)
             sent = [(chunk, self._out(chunk, average, self._room(chunk), weight)) for chunk in due]
         self.timings.lap("pack")
+        self.survivors.agree()
 
         def fly() -> Outcome:
             with np.errstate(over="ignore", invalid="ignore"):
@@ -74,6 +77,7 @@ class Overlapped(Pipeline):
         """Waits for the average, if it is not here yet. One that is not finite stays out of the memory.
 
         Raises:
+            RankDied: on all ranks; the average will not come, and nothing was taken of it.
             Exception: what the thread could not do.
         """
         if self._flight is None:
@@ -83,6 +87,7 @@ class Overlapped(Pipeline):
         self._flight = None
         self.timings.lap("communicate")
         self._outcome = replace(flight.result(), hidden=max(0.0, flight.seconds - waited))
+        self.survivors.agree()
         if math.isfinite(self._outcome.drift):
             started, average, stretches, ranks, due = self._begun
             self._close(average, ranks, due)

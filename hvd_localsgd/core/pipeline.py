@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +17,9 @@ from hvd_localsgd.core.layout import Array, Block, Chunk
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Drift, Finite, Stage
+from hvd_localsgd.core.survivors import Survivors
 from hvd_localsgd.core.timing import Timings
+from hvd_localsgd.errors import RankDied
 
 
 class Memory(Protocol):
@@ -41,6 +43,12 @@ class Memory(Protocol):
 
     def is_finite(self) -> bool:
         """No NaN or infinity, as far as a look at one variable can tell: one in the loss is in every gradient."""
+
+    def clear(self, arrays: list[Array]) -> None:
+        """Zeros in what ``open`` has handed out, or instead of it."""
+
+    def restart(self) -> None:
+        """This rank's optimizer starts anew."""
 
     def settle(self, world: bool) -> None:
         """After a sync, what has to be put right: an optimizer's state that is reset, weights that obey a constraint.
@@ -89,6 +97,7 @@ class Pipeline:
         outer: what becomes of the average.
         stages: what happens to the values on their way, outermost first.
         timings: where the seconds go.
+        survivors: what happens if a rank dies.
         parts: fragments of the model that are averaged one after another.
     """
 
@@ -102,9 +111,10 @@ class Pipeline:
         outer: Sequence[Stage],
         stages: Sequence[Stage],
         timings: Timings,
+        survivors: Survivors,
         parts: int = 1,
     ) -> None:
-        self.memory, self.timings, self._parts = memory, timings, parts
+        self.memory, self.timings, self.survivors, self._parts = memory, timings, survivors, parts
         self.reducer: Reducer | None = None
         self._choose = choose
         self._finite, self._drift = Finite(), Drift()
@@ -114,7 +124,19 @@ class Pipeline:
 
     def start(self) -> None:
         """All ranks hold the same values and are about to train (collective)."""
-        blocks = self.memory.blocks
+        self._lay_out()
+        if self.reducer is not None:
+            with self.memory.open() as arrays:
+                for stage in self._stages:
+                    stage.start(self.memory.blocks, arrays)
+
+    def survived(self) -> None:
+        """Ranks were lost: the next average goes another way."""
+        self._lost = True
+
+    def _lay_out(self) -> None:
+        """The reducer, and what it takes at a time (collective)."""
+        self._lost, blocks = False, self.memory.blocks
         self.reducer = self._choose(sum(block.size * block.wire.itemsize for block in blocks))
         if self.reducer is None:
             return
@@ -125,11 +147,10 @@ class Pipeline:
             direct = {chunk.pieces[0][0] for chunk in self._plan if chunk.direct}
             for memory in (self._scratch, *(arrays[index] for index in sorted(direct))):
                 huge_pages.use(memory)
-            for stage in self._stages:
-                stage.start(blocks, arrays)
+            self._kept = [np.empty_like(array) for array in arrays] if self.survivors.go_on else []
             self.reducer.start(self._plan, arrays)
 
-    def send(self, weight: float, ranks: int, now: Now, waits: bool = True) -> None:
+    def send(self, weight: float, ranks: int, now: Now, waits: bool = True, blank: bool = False) -> None:
         """x_k <- sum_j w_j x_j, all ranks together (or, if the reducer is one-sided, this one by itself).
 
         Args:
@@ -137,17 +158,23 @@ class Pipeline:
             ranks: how many have a weight; none: what was, stays.
             now: what all ranks know.
             waits: whether the average must be there when this returns; here it is in any case.
+            blank: what this rank has is not finite, and is not looked at.
         """
-        reducer, lap = self.reducer, self.timings.lap
+        lap = self.timings.lap
         self._outcome = Outcome()
-        if reducer is None:
+        if self._lost:
+            self._lay_out()
+        if (reducer := self.reducer) is None:
             return
         if Pipeline.latest is not None:
             Pipeline.latest.join()
             lap("communicate")
         due = self._due(now)
         reducer.prepare(now)
-        with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        # What is not finite is looked at in the end.
+        with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"), self._undone(arrays):
+            if blank:
+                self.memory.clear(arrays)
             for stage in self._stages:
                 stage.prepare(now, arrays)
             for chunk in due:
@@ -160,16 +187,33 @@ class Pipeline:
                 lap("communicate")
                 self._back(chunk, arrays, values)
                 lap("unpack")
+            self._outcome = self._measure(weight, ranks, due)
+            self.survivors.agree()
+            lap("communicate")
             self._close(arrays, ranks, due)
         lap("unpack")
-        self._outcome = self._measure(weight, ranks, due)
-        lap("communicate")
 
     def land(self) -> Outcome:
         """What was sent has arrived, and is in the memory."""
         return self._outcome
 
     # The parts of an average.
+
+    @contextmanager
+    def _undone(self, arrays: Sequence[Array]) -> Iterator[None]:
+        """If a rank dies in here, everything is as it was. What stages keep they only change when all have agreed."""
+        for array, kept in zip(arrays, self._kept, strict=False):
+            kept[:] = array
+        try:
+            yield
+        except RankDied:
+            for array, kept in zip(arrays, self._kept, strict=False):
+                array[:] = kept
+            raise
+
+    def averaged(self, now: Now) -> list[layout.Stretch]:
+        """Where it lies."""
+        return layout.stretches(self._due(now)) if self.reducer is not None else []
 
     def _due(self, now: Now) -> list[Chunk]:
         return [chunk for chunk in self._plan if chunk.part in now.parts and now.round % chunk.every == 0]
@@ -207,6 +251,14 @@ class Pipeline:
             return 0.0
         with self.memory.open() as arrays:
             return self._anchor.norm(arrays)
+
+    def find_unfinite(self) -> str:
+        """The first variable of all that is averaged in which there is NaN or infinity; empty if there is none."""
+        with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):
+            for block, array in enumerate(map(np.asarray, arrays)):
+                if not math.isfinite(np.dot(array, array)) and not (finite := np.isfinite(array)).all():
+                    return self.memory.name(block, int(finite.argmin()))
+        return ""
 
     @property
     def unfinite(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,6 +52,7 @@ class Progress:
     last: Now | None = None
     wants_stop: bool = False
     stopping: bool = False
+    _before: Progress | None = None  # at the end of the last round
 
     def begin(self, now: Now, interval: int, several: int) -> None:
         """A training of its own; steps are counted on from ``now``'s. ``several``: syncs in which the whole model is averaged."""
@@ -62,6 +64,7 @@ class Progress:
 
     def begin_round(self, now: Now, interval: int) -> None:
         """The steps of the last round are behind us."""
+        self._before = replace(self, earlier=self.earlier.copy(), _before=None)
         self.last = now
         if now.whole:
             self.earlier.clear()
@@ -70,18 +73,29 @@ class Progress:
         self.total += self.steps
         self.steps, self.samples, self.interval = 0, 0.0, interval
 
+    def take_back(self) -> None:
+        """The average that the last round has sent will not come: its steps are this round's too."""
+        before = self._before
+        assert before is not None
+        self.steps, self.samples = self.steps + before.steps, self.samples + before.samples
+        self.total, self.earlier, self.interval = before.total, before.earlier, before.interval
+        self.last, self.landing = before.last, 0
+
+    def survived(self, left: Sequence[int]) -> None:
+        """Of all ranks these are left: what is known of each."""
+        for each in (self, self._before):
+            if each is not None and each.last is not None and each.last.tracks:
+                each.last = replace(each.last, tracks=tuple(each.last.tracks[rank] for rank in left))
+
     @property
     def next_step(self) -> int:
         """Of the round, after which there is something to do: its end, or an average to take before."""
         return min(self.landing or self.interval, self.interval)
 
-    def reach(self, reached: float) -> bool:
-        """All ranks have come to this position; whether that is further than before."""
-        if reached <= self.reached:
-            return False
+    def reach(self, reached: float) -> None:
+        """All ranks have come to this position."""
         assert self.last is not None
         self.reached, self.last = reached, replace(self.last, reached=reached)
-        return True
 
     def measure(self, seconds: float) -> None:
         """The steps of this round took so long: half of it counts, half what was measured before."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hvd_localsgd.core import failures
-from hvd_localsgd.core.agreement import check, hosts, where
+from hvd_localsgd.core.agreement import check, where
 from hvd_localsgd.core.codecs import WARM_UP
 from hvd_localsgd.core.failures import Trainer
 from hvd_localsgd.core.header import exchange, row
@@ -39,6 +39,7 @@ class Decision:
         intervals: H of each rank's next round, int64.
         stop: some rank wants training to stop.
         unfinite: ranks whose weights are not finite.
+        goes_on: others have finite ones.
         reached: the position to which every rank has come.
         staleness: asynchronously, syncs of others since this rank last read the average.
     """
@@ -51,6 +52,7 @@ class Decision:
     unfinite: tuple[int, ...]
     reached: float
     staleness: int = 0
+    goes_on: bool = True
 
 
 def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> Decision:
@@ -76,14 +78,18 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
         stop=bool(table["stop"].any()),
         unfinite=tuple(int(rank) for rank in np.flatnonzero(~table["finite"])),
         reached=float(table["position"].min()),
+        goes_on=bool(table["finite"].any()),
     )
 
 
 def _what_is_due(table: np.ndarray, settings: Settings, now: Now, last: Now | None) -> Now:
-    """Everything, where all ranks have come further: to validation, or to the end of an epoch. Before that a part, or a group."""
+    """Everything, where all ranks have come further: to validation, or to the end of an epoch; or where one has nothing that is finite.
+
+    Before that a part, or a group.
+    """
     trained = now.step if last is None else last.trained + int(table["steps"].max())
     now = replace(now, trained=trained, encoded=now.round > WARM_UP * settings.syncs_per_average)
-    if last is None or now.reached > last.reached:
+    if last is None or now.reached > last.reached or not table["finite"].all():
         return now
     parts, groups = now.parts, settings.groups
     if settings.fragments > 1:
@@ -101,9 +107,11 @@ def _turn(settings: Settings, step: int) -> int:
 def _weights(table: np.ndarray, settings: Settings, world: bool) -> np.ndarray:
     """A rank without steps has none; the others count equally, or by their samples. They sum to 1, in each group if it is by itself."""
     steps, samples = ("recent", "recent_samples") if world else ("steps", "samples")
-    share = (table[steps] > 0).astype(np.float64)
+    share = ((table[steps] > 0) & table["finite"]).astype(np.float64)
     if settings.weighting == "samples" and (share * table[samples]).any():
         share *= table[samples]
+    if not share.any() and not table["finite"].all():
+        share = table["finite"].astype(np.float64)  # they hold the last average
     if world:
         total = math.fsum(share)  # exact, so that it does not depend on the order of the ranks
         return share / total if total else share
@@ -154,6 +162,8 @@ def _intervals(table: np.ndarray, settings: Settings, interval: int) -> np.ndarr
 class Coordination(Protocol):
     """How a rank comes to a decision."""
 
+    communicator: Any
+
     @property
     def place(self) -> int:
         """This rank's, in the decision's arrays."""
@@ -185,7 +195,6 @@ class Together:
 
     def __init__(self, communicator: Any, settings: Settings) -> None:
         self.communicator, self.settings = communicator, settings
-        self._group = 0
 
     @property
     def place(self) -> int:
@@ -193,10 +202,14 @@ class Together:
         return self.communicator.rank
 
     def start(self) -> None:
-        """Which group this rank belongs to."""
-        if self.settings.groups is not None:
-            ranks = self.settings.groups.of_ranks(self.communicator)
-            self._group = next(number for number, group in enumerate(ranks) if self.communicator.rank in group)
+        """Nothing is kept."""
+
+    def _group(self) -> int:
+        """Which one this rank belongs to, which changes if others are lost."""
+        if self.settings.groups is None:
+            return 0
+        ranks = self.settings.groups.of_ranks(self.communicator)
+        return next(number for number, group in enumerate(ranks) if self.communicator.rank in group)
 
     def together(self, trainer: Trainer) -> AbstractContextManager[None]:
         """All ranks are in it."""
@@ -204,7 +217,7 @@ class Together:
 
     def decide(self, own: np.ndarray, last: Now | None) -> Decision:
         """On the headers of all, once all are about the same model."""
-        own["group"] = self._group
+        own["group"] = self._group()
         while True:
             table = exchange(self.communicator, own)
             check_same_place(self.communicator, table, beginning=False)
@@ -217,10 +230,12 @@ class Together:
     def _say_who_is_left_out(self, table: np.ndarray, decision: Decision) -> None:
         """By a guard; on rank 0."""
         left_out = (
-            np.flatnonzero((table["recent"] > 0) & (decision.weights == 0)).tolist() if self.settings.guard else []
+            np.flatnonzero((table["recent"] > 0) & table["finite"] & (decision.weights == 0)).tolist()
+            if self.settings.guard
+            else []
         )
         if decision.average and left_out:
-            names = hosts(self.communicator)
+            names = self.communicator.hosts
             if self.communicator.rank == 0:
                 who = ", ".join(f"{where([rank], names)} (norm {table['norm'][rank]:.3g})" for rank in left_out)
                 warnings.warn(
@@ -243,7 +258,7 @@ class Together:
 
     def refuse(self, decision: Decision) -> None:
         """Names the ranks (collective)."""
-        ranks = where(decision.unfinite, hosts(self.communicator))
+        ranks = where(decision.unfinite, self.communicator.hosts)
         text = f"NaN or infinity in the weights of {ranks} at local step {decision.now.step}; nothing was averaged."
         if not decision.stop:
             raise RankFailed(text + LESS)
@@ -254,7 +269,7 @@ class Together:
     def refuse_average(self, decision: Decision, variable: str) -> None:
         """Names the ranks and their variables (collective)."""
         found = [entry.decode() for entry in self.communicator.gather(variable.encode())]
-        names = hosts(self.communicator)
+        names = self.communicator.hosts
         who = [f"{found[rank]} of {where([rank], names)}" for rank in range(len(found)) if found[rank]]
         what = f"NaN or infinity in {', '.join(who)}" if who else "the average overflowed"
         became = "the average was not used" if self.settings.overlap else "all ranks have averaged it"
@@ -291,7 +306,7 @@ class Alone:
         own = own.copy()
         own["stop"] |= self._stop
         decision = decide(own.reshape(1), self.settings, last)
-        return replace(decision, weights=decision.weights / self.communicator.size, staleness=staleness)
+        return replace(decision, weights=decision.weights / self.communicator.size, staleness=staleness, goes_on=True)
 
     def _count(self, own: np.ndarray) -> int:
         """One more sync; how many others came since this rank's last."""

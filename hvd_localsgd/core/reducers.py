@@ -163,11 +163,11 @@ class OneSided:
             vector.free()
 
 
-_fastest: WeakKeyDictionary[Any, tuple[type[Library], int]] = WeakKeyDictionary()
+_fastest: WeakKeyDictionary[Any, tuple[int, type[Library], int]] = WeakKeyDictionary()
 
 
 def fastest(communicator: Any, payload: int) -> Library:
-    """The reducer for ``payload`` bytes a sync (collective); measured once for each communicator.
+    """The reducer for ``payload`` bytes a sync (collective); measured once for each communicator, and when it has lost ranks.
 
     In shared memory, chunks that stay in cache halve the time; on Ethernet each costs a round trip. The environment
     variable HVD_LOCALSGD_CHUNK_MB sets the chunk size instead. Models below 16 MiB are not worth measuring, and Horovod
@@ -179,10 +179,10 @@ def fastest(communicator: Any, payload: int) -> Library:
         return Library(communicator, int(float(chosen) * (1 << 20)))
     if communicator.size == 1 or payload < _SMALLEST_PROBE:
         return Library(communicator, _SMALL_CHUNK)
-    if communicator not in _fastest:
+    if communicator not in _fastest or _fastest[communicator][0] != communicator.generation:
         found = _measure(communicator, min(payload, _LARGEST_PROBE))
-        _fastest[communicator] = type(found), found.chunk_bytes or _SMALL_CHUNK
-    kind, chunk_bytes = _fastest[communicator]
+        _fastest[communicator] = communicator.generation, type(found), found.chunk_bytes or _SMALL_CHUNK
+    _, kind, chunk_bytes = _fastest[communicator]
     return kind(communicator, chunk_bytes)
 
 

@@ -60,6 +60,15 @@ def as_count(minimum: int, words: str) -> Callable[[Any], int]:
     return check
 
 
+def as_period(value: Any) -> int | None:
+    """A number of syncs, or None.
+
+    Raises:
+        ValueError: something else.
+    """
+    return None if value is None else as_count(1, "audit_every must be None, or a number of syncs >= 1")(value)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the user chose, checked.
@@ -155,6 +164,24 @@ class Settings:
         "Liang et al. 2019). Nothing more is sent. Of the optimizer and ``ModelAverager``, with plain SGD.",
     )
 
+    on_nonfinite: Literal["raise", "skip_rank", "rollback"] = option(
+        "raise",
+        ("raise", "skip_rank", "rollback"),
+        'what happens to a rank with NaN or infinity in its weights at a sync: all ranks ``"raise"``; or it is left out of the average, and goes '
+        'on from the others\' average (``"skip_rank"``), with an optimizer that starts anew too (``"rollback"``).',
+    )
+    audit_every: int | None = option(
+        None,
+        as_period,
+        "syncs of all ranks after which it is checked that they hold the same bits; None: never.",
+    )
+    on_failure: Literal["abort", "continue"] = option(
+        "abort",
+        ("abort", "continue"),
+        'what happens when a rank dies: the job ends, or the others ``"continue"`` without it, from their own weights, at the sync at which '
+        "they notice; under ``mpirun --with-ft ulfm`` of Open MPI 5.",
+    )
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value, allowed = getattr(self, each.name), each.metadata["allowed"]
@@ -178,6 +205,10 @@ class Settings:
         if self.groups is not None:
             return self.groups.every
         return min(self.fragments, self.schedule.interval(Now(0))) if self.fragments > 1 else 1
+
+    def audits(self, now: Now) -> bool:
+        """Whether ranks look if they hold the same."""
+        return self.audit_every is not None and now.world and now.round % self.audit_every == 0
 
     @property
     def measures_change(self) -> bool:
@@ -236,6 +267,8 @@ _NEED_ALL_RANKS = {
     "fragments": "ranks have no turn that is the same for all",
     "compression": "what is added cannot be decoded by whoever owns it, who does not take part",
     "groups": "ranks meet nobody",
+    "on_failure": "what a rank owned of it is lost when it dies",
+    "audit_every": "no two ranks hold the same",
 }
 
 
@@ -250,6 +283,15 @@ def _async_adds_one_rank_at_a_time(chosen: Settings) -> str | None:
     for name, reason in _NEED_ALL_RANKS.items():
         if name in others:
             return f"mode='async' adds each rank's progress to the average as it comes: {reason}. Received: {name}={others[name]!r}"
+    return None
+
+
+def _corrections_are_of_all_steps(chosen: Settings) -> str | None:
+    if chosen.control_variates and chosen.on_nonfinite != "raise":
+        return (
+            "control_variates take a rank's way to the average for its gradients, and that of a rank that is left out leads nowhere. Received: "
+            f"on_nonfinite={chosen.on_nonfinite!r}"
+        )
     return None
 
 
@@ -329,6 +371,7 @@ REFUSALS: tuple[Callable[[Settings], str | None], ...] = (
     _groups_measure_no_outliers,
     _variates_are_of_equal_ranks,
     _variates_need_the_average_itself,
+    _corrections_are_of_all_steps,
 )
 
 

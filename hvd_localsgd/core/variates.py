@@ -40,13 +40,16 @@ class Variates(Stage):
         return values
 
     def receive(self, chunk: Chunk, values: Array) -> Array:
-        """A rank that took no steps is not in the average, and has learned nothing of its gradients."""
-        for index, own, place in self._pieces(chunk) if self._rates else ():
-            self._corrections[index][own] += (values[place] - self._sent[index][own]) / self._rates
+        """How far it is from there to the average."""
+        for index, own, place in self._pieces(chunk):
+            np.subtract(values[place], self._sent[index][own], out=self._sent[index][own])
         return values
 
     def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
-        """The next round."""
+        """A rank that took no steps is not in the average, and has learned nothing of its gradients."""
+        for index, start, stop in averaged if self._rates else ():
+            if self._corrections[index].size:
+                self._corrections[index][start:stop] += self._sent[index][start:stop] / self._rates
         self._rates = 0.0
 
     def correction(self, place: Place) -> np.ndarray:

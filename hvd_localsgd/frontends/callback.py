@@ -131,7 +131,7 @@ class LocalSGDCallback(Recorded, Callback):
         seeds = {id(v) for v in model.variables if "seed_generator_state" in v.path}
         start = {id(v): v for v in (*model.variables, *(v for each in optimizers for v in each.variables))}
         reset = keras_state.State(*(each for each in optimizers if keras_state.resets(self.settings, each))).reset
-        self._memory.prepare([v for v in start.values() if id(v) not in seeds], reset)
+        self._memory.prepare([v for v in start.values() if id(v) not in seeds], reset, restart=state.reset)
         facts = {"front end": type(self).__name__, "first epoch": str(epoch)}
         context = Context(facts, [*keras_state.describe_layers(model), *map(keras_state.describe, optimizers)])
         self._tell()

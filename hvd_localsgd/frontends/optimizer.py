@@ -238,7 +238,8 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
 
     def _touched(self) -> list[Any]:
         """Every variable that a sync reads or writes."""
-        state = self._state.variables if self._resets else []
+        resets = self._resets or self.settings.on_nonfinite == "rollback"
+        state = self._state.variables if resets else []
         variates = [self._rates, *self._corrections] if self._variates is not None else []
         return [*self._memory.variables, *state, *self._counters(), *variates]
 
@@ -346,7 +347,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             if self._variates is not None:
                 sent, pairs = set(map(id, averaged)), zip(self._trainable_variables, self._corrections, strict=True)
                 self._places = [(self._memory.place(v), correction) for v, correction in pairs if id(v) in sent]
-        self._memory.prepare(self._start(), self._settle, self._statistics)
+        self._memory.prepare(self._start(), self._settle, self._statistics, self._state.reset)
 
     @property
     def _resets(self) -> bool:

@@ -7,6 +7,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvd_localsgd import devices
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 from hvd_localsgd.core.reducers import Library
 
@@ -130,3 +131,96 @@ def test_in_momentum_that_is_averaged(lsgd, front_end):
     x, y = reference.data(lsgd.rank(), 4)
     with pytest.raises(Exception, match=rf"NaN or infinity in \S+ of rank {lsgd.size() - 1} on"):
         model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=callbacks)
+
+
+OTHERS = [{}, {"outer": "slowmo"}, {"fragments": 2}, {"overlap": 1}, {"compression": "bf16"}, {"mode": "async"}]
+
+
+@pytest.mark.parametrize("others", OTHERS, ids=str)
+@pytest.mark.parametrize("way", ["arrays", "tensors"])
+def test_a_rank_is_left_out_and_goes_on_from_the_others_average(lsgd, way, others):
+    if others.get("mode") == "async" and devices.get().name != "mpi":
+        pytest.skip("one-sided memory is MPI's")
+    own, bad = WAYS[way](), lsgd.size() - 1
+    variables = own if way == "arrays" else own.variables
+    training = lsgd.ModelAverager(own, 4, on_nonfinite="skip_rank", **others)
+    training.tell(rate=1.0)
+    training.begin()
+    for step in range(1, 9):
+        change = np.full((300, 50), float(lsgd.rank() + 1), "float32")
+        if step == 2 and lsgd.rank() == bad:
+            change[200, 7] = np.nan
+        add(variables[1], change)
+        if step == (2 if "fragments" in others else 4) and lsgd.rank() == bad:
+            name = "array 1" if way == "arrays" else "large1"
+            with pytest.warns(UserWarning, match=rf"NaN or infinity in {name}\S* of rank {bad} on \S+ at local step"):
+                training.step()
+        else:
+            training.step()
+    training.finish()
+    assert np.isfinite(np.array(variables[1])).all()
+    if not others:
+        first = 1 + 4 * np.mean(np.arange(1, lsgd.size()))  # without the last rank
+        expected = first + 4 * np.mean(np.arange(1, lsgd.size() + 1))
+        np.testing.assert_allclose(np.array(variables[1]), expected, rtol=1e-6)
+    np.testing.assert_array_equal(np.array(variables[0]), 1.0)
+
+
+def add(variable, change):
+    if isinstance(variable, np.ndarray):
+        variable += change
+    else:
+        variable.assign_add(change)
+
+
+def test_if_no_rank_is_finite_all_raise(lsgd):
+    own = np.full(8, np.nan, "float32")
+    with pytest.raises(lsgd.RankFailed, match="NaN or infinity in the weights of rank 0 on .*, rank 1 on"):
+        lsgd.ModelAverager([own], 1, broadcast=False, on_nonfinite="rollback").step()
+
+
+@pytest.mark.parametrize("front_end", ["callback", "optimizer"])
+def test_a_rank_starts_again_with_a_new_optimizer(lsgd, front_end):
+    inner = keras.optimizers.SGD(0.01, momentum=0.9)
+    settings = {"sync_every": 2, "on_nonfinite": "rollback"}
+    model = reference.compiled(
+        lsgd.LocalSGDOptimizer(inner, **settings) if front_end == "optimizer" else inner, batch_normalization=False
+    )
+    seen = []
+
+    class Spoil(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 1 and lsgd.rank() == 1:
+                inner.variables[2].assign(tf.fill(inner.variables[2].shape, np.nan))
+
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(all(np.isfinite(v.numpy()).all() for v in [*model.variables, *inner.variables]))
+
+    callbacks = [lsgd.LocalSGDCallback(**settings)] if front_end == "callback" else []
+    x, y = reference.data(lsgd.rank(), 4)
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[*callbacks, Spoil()])
+    assert seen == [True] * 4  # the sync is in the second step
+
+
+class WrongOnRank1(Library):
+    """A sum that is one bit off, as of a faulty memory."""
+
+    def __init__(self, communicator):
+        super().__init__(communicator, 1 << 20)
+        self.sums = 0
+
+    def sum(self, chunk, values):
+        values = super().sum(chunk, values)
+        self.sums += 1
+        if self.communicator.rank == 1 and self.sums == 4:
+            values[7] = np.nextafter(values[7], np.float32(9))
+        return values
+
+
+def test_an_audit_names_ranks_and_variables(lsgd):
+    own = [np.ones(5, "float32"), np.ones(20, "float32")]
+    training = lsgd.ModelAverager(own, 1, reducer=WrongOnRank1, audit_every=2)
+    for _ in range(3):
+        training.step()
+    with pytest.raises(lsgd.RankFailed, match=r"local step 4 not all .* rank 0 is, on rank 1 on \S+: array 1\. Memory"):
+        training.step()

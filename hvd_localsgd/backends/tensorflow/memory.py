@@ -85,19 +85,35 @@ class TensorFlowMemory:
         """Whether the compiled kernel reads and writes small variables here."""
         return any(isinstance(way, Together) and way.uses_kernel for way in self._ways)
 
-    def prepare(self, start: Sequence[Any], reset_state: Callable[[], None], statistics: Sequence[Any] = ()) -> None:
+    def prepare(
+        self,
+        start: Sequence[Any],
+        reset_state: Callable[[], None],
+        statistics: Sequence[Any] = (),
+        restart: Callable[[], None] = lambda: None,
+    ) -> None:
         """For a training that is about to begin.
 
         Args:
             start: what all ranks get from rank 0, any dtype.
             reset_state: what ``optimizer_state="reset"`` does.
+            restart: makes this rank's optimizer start anew.
             statistics: what a rank gets from rank 0 only if other values changed: its first step has updated them already.
         """
         self._start, self._reset_state, self._statistics = list(start), reset_state, list(statistics)
+        self.restart = restart
 
     def holds(self, averaged: Sequence[Any]) -> bool:
         """Whether it was made for these variables."""
         return list(map(id, averaged)) == list(map(id, self.variables))
+
+    def clear(self, arrays: list[Array]) -> None:
+        """A tensor, where it is, instead of a tensor."""
+        for number, array in enumerate(arrays):
+            if isinstance(array, np.ndarray):
+                array[:] = 0
+            else:
+                arrays[number] = tf.zeros_like(array)
 
     def settle(self, world: bool) -> None:
         """State as it was prepared; constraints, which a mean of weights that obey them need not obey."""
@@ -140,8 +156,9 @@ class TensorFlowMemory:
         return [describe(variable) for variable in [*self.variables, *self._start, *self._statistics]]
 
     def broadcast(self, communicator: Any) -> bool:
-        """One variable at a time."""
+        """One variable at a time; or, if a rank may die meanwhile, all or none."""
         averaged, moved = set(map(id, self.variables)), False
+        received: list[tuple[Any, np.ndarray]] = []
         for number, variable in enumerate([*self._start, *self._statistics]):
             parts = components(variable)
             own = np.asarray(parts[0].read_value()._numpy()).reshape(-1)  # on a CPU its memory, to be read only
@@ -149,8 +166,10 @@ class TensorFlowMemory:
             del own
             if value is not None and (moved or number < len(self._start)):
                 moved |= id(variable) in averaged
-                for part in parts:
-                    part.assign(value.reshape(part.shape))
+                received += [(part, value.reshape(part.shape)) for part in parts]
+            if not communicator.resilient:
+                _take(received)
+        _take(received)
         return moved
 
     def is_finite(self) -> bool:
@@ -251,6 +270,12 @@ class TensorFlowMemory:
     def changed_dtypes(self) -> list[tf.DType]:
         """Of what goes to ``put_back``."""
         return [] if self._on_device else [tf.as_dtype(b.wire) for way in self._ways if way.writes for b in way.blocks]
+
+
+def _take(received: list[tuple[Any, np.ndarray]]) -> None:
+    for part, value in received:
+        part.assign(value)
+    received.clear()
 
 
 def _ways(parts: Sequence[Part], tensors: bool, on_device: bool) -> list[Way]:
