@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 
-from hvd_localsgd.communicators import choose, launchers
+from hvd_localsgd.communicators import choose, launchers, stalls
 from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.core import failures
 
 _ready: Communicator | None = None
 
 
-def init(communicator: str = "auto") -> None:
+def init(communicator: str = "auto", stall_warning: float | None = None, stall_timeout: float | None = None) -> None:
     """Join the other ranks; pin this rank's GPU, or its fair share of the cores. Idempotent.
 
     Optional, because everything else calls it, but best called first thing in the script: TensorFlow fixes its
@@ -22,11 +22,16 @@ def init(communicator: str = "auto") -> None:
     Args:
         communicator: ``"auto"`` (Horovod if it is initialised, else MPI under a launcher, else one process; or what
             the environment variable HVD_LOCALSGD_COMMUNICATOR says), ``"mpi"``, ``"horovod"`` or ``"serial"``.
+        stall_warning: seconds that ranks wait for one that does not come until they say so, and say so again; None: as it is, 60 or
+            HVD_LOCALSGD_STALL_WARNING.
+        stall_timeout: seconds until they wait no longer: the job ends; or, where ranks may die (``on_failure``), that one is killed.
+            None: as it is, never or HVD_LOCALSGD_STALL_TIMEOUT.
 
     Raises:
         CommunicatorError: the communicator cannot be used here.
-        ValueError: unknown name, or another communicator is in use.
+        ValueError: unknown name, or another communicator is in use; seconds that are not > 0.
     """
+    stalls.change(stall_warning, stall_timeout)
     get(communicator)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hvd_localsgd.communicators.base import Communicator, OfThisProcess
+from hvd_localsgd.communicators.stalls import patience
 from hvd_localsgd.errors import CommunicatorError
 
 
@@ -30,6 +32,9 @@ class HorovodCommunicator(Communicator):
         # Sub-groups are made after hvd.init(), which Horovod must be told before.
         os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
         try:
+            os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(math.ceil(patience.warning)))
+            if patience.timeout is not None:
+                os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(math.ceil(patience.timeout)))
             import horovod.tensorflow as hvd
             import tensorflow as tf
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from hvd_localsgd.communicators.base import Communicator, OfThisProcess, SharedVector
 from hvd_localsgd.communicators.launchers import launched_size
+from hvd_localsgd.communicators.stalls import Stalls
 from hvd_localsgd.errors import CommunicatorError, RankDied
 
 _ULFM = "OMPI_MCA_mpi_ft_enable"  # which mpirun --with-ft ulfm sets
@@ -26,7 +27,6 @@ _LONGEST_PAUSE = 1e-3
 _GENTLE_SECONDS = 3e-4
 _FEW = 1024  # numbers
 _ANSWER_SECONDS = 5e-4
-STALL_SECONDS = float(os.environ.get("HVD_LOCALSGD_STALL_WARNING", "60"))  # of waiting, until it is said for whom
 
 
 def _notices_death(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,27 +95,31 @@ class MPICommunicator(Communicator):
 
     def _use(self, comm: Any) -> None:
         node = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-        self._comm, self._notices = comm, comm.Dup()
-        self._family += [comm, self._notices]  # shared with the sub-groups, which are shallow copies
-        self._exchanges, self._arrived = 0, np.zeros(comm.Get_size(), np.int64)
+        self._comm, notices = comm, comm.Dup()
+        self._family += [comm, notices]  # shared with the sub-groups, which are shallow copies
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         self.host = self._mpi.Get_processor_name()
-        self.hosts = [host.decode() for host in self.gather(self.host.encode())]
+        places = [place.decode().split(" ") for place in self.gather(f"{os.getpid()} {self.host}".encode())]
+        self.hosts = [host for _, host in places]
+        processes = [int(process) for process, _ in places]
+        self._stalls = Stalls(notices, self.hosts, processes, self.resilient, self._last_seen)
+        self._last: np.ndarray | None = None
         node.Free()
+
+    def _last_seen(self, rank: int) -> str:
+        return "" if self._last is None else self.seen(self._last[rank])
 
     @_notices_death
     def exchange(self, row: np.ndarray, timeout: float | None = None) -> np.ndarray:
         """Non-blocking allgather, polled, so that a rank that waits long does not burn a core."""
         table = np.empty(self.size, row.dtype)
         request = self._comm.Iallgather(np.ascontiguousarray(row).reshape(1).view(np.uint8), table.view(np.uint8))
-        self._exchanges += 1
-        started, pause, said = time.perf_counter(), 0.0, 0
+        self._stalls.begin()
+        started, pause = time.perf_counter(), 0.0
         while not request.Test():
             waited = time.perf_counter() - started
-            if waited > (STALL_SECONDS if said else STALL_SECONDS / 10) * max(said, 1):
-                self._say_who_is_missing(waited, said)
-                said += 1
+            self._stalls.wait(waited)
             if timeout is not None and waited > timeout:
                 raise TimeoutError(f"not all ranks came within {timeout} s")
             if waited < _SPIN_SECONDS:
@@ -123,34 +127,9 @@ class MPICommunicator(Communicator):
             else:
                 pause = min(pause + 5e-5, _LONGEST_PAUSE)
                 time.sleep(pause)
-        self._read_notices()
+        self._stalls.end()
+        self._last = table if table.dtype.names else self._last
         return table
-
-    def _say_who_is_missing(self, waited: float, said: int) -> None:
-        """First tell ranks 0 and 1 that this one is waiting; later they, who know who else is, say who is not."""
-        if not said:
-            here = np.array([self.rank, self._exchanges], np.int64)
-            others = [rank for rank in (0, 1) if rank != self.rank and rank < self.size]
-            self._sent = here, [self._notices.Isend(here, rank) for rank in others]  # kept until they have arrived
-            return
-        self._read_notices()
-        self._arrived[self.rank] = self._exchanges
-        missing = np.flatnonzero(self._arrived < self._exchanges)
-        speaker = 0 if self._arrived[0] == self._exchanges else 1
-        if self.rank == speaker and missing.size:
-            names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in missing[:8])
-            more = f" and {missing.size - 8} more" if missing.size > 8 else ""
-            print(
-                f"hvd_localsgd: rank {self.rank} on {self.host} has waited for {waited:.0f} s; not here: {names}{more}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def _read_notices(self) -> None:
-        notice = np.empty(2, np.int64)
-        while self._notices.Iprobe():
-            self._notices.Recv(notice)
-            self._arrived[notice[0]] = notice[1]
 
     @_notices_death
     def allreduce(self, values: np.ndarray) -> np.ndarray:

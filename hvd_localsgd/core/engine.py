@@ -46,6 +46,7 @@ class LocalSGD:
         finish_at_exit: bool,
     ) -> None:
         self.communicator, self.finish_at_exit = communicator, finish_at_exit  # for failures
+        communicator.seen = header.seen
         self.number, self.count_pending = failures.number(communicator), lambda: None
         self.thread, self.goes_on = threading.get_ident(), survivors.go_on
         self.progress = Progress()  # for front ends, to be read

@@ -46,6 +46,11 @@ def row(**fields: Any) -> np.ndarray:
     return header
 
 
+def seen(row: np.ndarray) -> str:
+    """Where that rank was, in words."""
+    return f" (last seen at local step {row['total']})"
+
+
 def exchange(communicator: Any, own: np.ndarray) -> np.ndarray:
     """All ranks' headers, by rank (collective).
 
