@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="of Local SGD, as JSON")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # what hangs says where
+    signal.alarm(SECONDS + 20)  # and if it is in MPI_Finalize ends by that signal
     lsgd.init()
     communicator = devices.get()
     me = communicator.rank

@@ -44,7 +44,7 @@ def scenario(number: int) -> dict[str, Any]:
     ranks = draw.choice((2, 3, 3, 4))
     dead = draw.sample(range(ranks), draw.choice((1, 1, 2)) if ranks > 2 else 1)
     places = [place] + [draw.choice((place, *PLACES[1:6]))] * (len(dead) - 1)  # at once, or one after another
-    front_end = draw.choice(("callback", "optimizer", "averager"))
+    front_end = "callback" if place == "epoch_end" else draw.choice(("callback", "optimizer", "averager"))
     options = dict(draw.choice(OPTIONS))
     if place == "flight":
         options = {"overlap": 2}
