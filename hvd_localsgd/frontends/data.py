@@ -22,6 +22,9 @@ def shard(data: Any, *, shuffle: bool = True, seed: int = 0, remainder: Remainde
     lists and dicts of arrays of one length, with None where there is none), *elements* of a ``tf.data.Dataset``
     (batches, if it is batched: shard first, then shuffle and batch), and batches of a ``keras.utils.PyDataset``.
 
+    Where ranks may die (``mpirun --with-ft ulfm``) a ``tf.data.Dataset`` is dealt out anew whenever it is iterated, among those that are
+    left; it then does not know its cardinality. Arrays and the batches of a PyDataset are dealt out once.
+
     Arrays are all that Keras takes for one: numpy's, tensors (ragged and sparse ones too), pandas' (tested where it is
     installed), scipy's sparse matrices (which come back as CSR), and whatever numpy can make an array of. A list is several arrays, as in Keras.
 
@@ -160,34 +163,58 @@ def _own_indices(
 def _shard_dataset(
     dataset: tf.data.Dataset, communicator: Communicator, shuffle: bool, seed: int, remainder: Remainder
 ) -> tf.data.Dataset:
-    size, rank = communicator.size, communicator.rank
     cardinality = int(dataset.cardinality())
-    if cardinality >= 0:
-        count = _count(cardinality, "elements", size, remainder)
-        dataset = dataset.concatenate(dataset) if count > cardinality else dataset
-        dataset = dataset.take(count)
-    elif remainder != "keep" or (not shuffle and cardinality != tf.data.INFINITE_CARDINALITY):
+    if cardinality < 0 and (remainder != "keep" or (not shuffle and cardinality != tf.data.INFINITE_CARDINALITY)):
         raise ValueError(
             "The Dataset does not know its cardinality, which remainder='drop' or 'repeat' and shuffle=False need: "
             "use dataset.apply(tf.data.experimental.assert_cardinality(n))."
         )
-    if not shuffle:
+    if not shuffle and cardinality < 0:
+        raise ValueError("A Dataset without end has no contiguous parts: use shuffle=True.")
+
+    def place() -> list[int]:
+        """Rank and size as they are now, how many elements are dealt, and where this rank's begin and end if they are contiguous."""
+        rank, size = communicator.rank, communicator.size
         if cardinality < 0:
-            raise ValueError("A Dataset without end has no contiguous parts: use shuffle=True.")
-        start, stop = _bounds(count, communicator)
-        return dataset.skip(start).take(stop - start)
+            return [rank, size, -1, 0, 0]
+        count = _count(cardinality, "elements", size, remainder)
+        return [rank, size, count, *_bounds(count, communicator)]
 
-    def deal(group: Any) -> tf.Tensor:
-        return tf.random.experimental.stateless_shuffle(tf.range(size), tf.stack([int(seed), tf.cast(group, tf.int32)]))
+    rank, size, count, start, stop = place()
+    if communicator.resilient:  # dealt out anew whenever it is iterated, for some may have died
+        places = tf.data.Dataset.from_tensors(0).map(lambda _: tf.numpy_function(place, [], [tf.int64] * 5))
 
-    def is_mine(index: tf.Tensor, _: Any) -> tf.Tensor:
-        return deal(index // size)[index % size] == rank
+        def deal(rank: Any, size: Any, count: Any, start: Any, stop: Any) -> tf.data.Dataset:
+            return _deal(dataset, rank, size, count, start, stop, shuffle, seed)
 
-    own = dataset.enumerate().filter(is_mine).map(lambda _, element: element)
-    if cardinality >= 0:
-        in_last_group = rank in deal(count // size).numpy()[: count % size]
+        return places.map(lambda *now: tuple(tf.ensure_shape(each, ()) for each in now)).flat_map(deal)
+    own = _deal(dataset, rank, size, count, start, stop, shuffle, seed)
+    if shuffle and cardinality >= 0:
+        in_last_group = rank in _order(count // size, size, seed).numpy()[: count % size]
         own = own.apply(tf.data.experimental.assert_cardinality(count // size + in_last_group))
     return own
+
+
+def _deal(
+    dataset: tf.data.Dataset, rank: Any, size: Any, count: Any, start: Any, stop: Any, shuffle: bool, seed: int
+) -> tf.data.Dataset:
+    """A rank's part; numbers may be tensors. ``count`` -1: of all that there is."""
+    if not isinstance(count, int) or count > int(dataset.cardinality()) >= 0:
+        dataset = dataset.concatenate(dataset)
+    if not shuffle:
+        return dataset.skip(start).take(stop - start)
+    size64 = tf.cast(size, tf.int64)
+
+    def is_mine(index: tf.Tensor, _: Any) -> tf.Tensor:
+        return _order(index // size64, size, seed)[index % size64] == tf.cast(rank, tf.int32)
+
+    return dataset.take(count).enumerate().filter(is_mine).map(lambda _, element: element)
+
+
+def _order(group: Any, size: Any, seed: int) -> tf.Tensor:
+    """In which each group of elements is dealt out."""
+    ranks = tf.range(tf.cast(size, tf.int32))
+    return tf.random.experimental.stateless_shuffle(ranks, tf.stack([int(seed), tf.cast(group, tf.int32)]))
 
 
 class _PyDatasetShard(keras.utils.PyDataset):

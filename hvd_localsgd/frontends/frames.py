@@ -29,6 +29,13 @@ def caller_argument(function: str, name: str) -> Any:
     return None
 
 
+def forget_number_of_batches() -> None:
+    """``fit`` then finds out once more how long an epoch is, as it did in the first."""
+    batches = caller_local("epoch_iterator")
+    if batches is not None and not getattr(batches, "steps_per_epoch", None):
+        batches._num_batches = None
+
+
 def callback_list() -> list[Callback]:
     """The list that is calling us. Keras does not tell callbacks of each other; the caller's frame does."""
     owner = caller_local("self", CallbackList)
