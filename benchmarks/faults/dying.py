@@ -25,6 +25,7 @@ import hvd_localsgd as lsgd
 from hvd_localsgd import devices
 from hvd_localsgd.communicators.mpi import MPICommunicator
 from hvd_localsgd.core import engine, overlap, pipeline
+from hvd_localsgd.core.survivors import Survivors
 
 SECONDS = 100  # for the whole training
 
@@ -40,12 +41,15 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "epoch_end": (engine.LocalSGD, "meet", 4),
     "train_end": (engine.LocalSGD, "finish", 1),
     "stop": (engine.LocalSGD, "step", 10),
+    "node": (engine.LocalSGD, "step", 10),
     "after": (engine.LocalSGD, "finish", 1),
 }
 
 
 def die(place: str) -> None:
-    """At once, and without a word; ``stop``: only stand still."""
+    """At once, and without a word; ``node``: with MPI's daemon on this host; ``stop``: only stand still."""
+    if place == "node":
+        os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGSTOP if place == "stop" else signal.SIGKILL)
 
 
@@ -91,7 +95,14 @@ def main() -> None:
         weights, loss = averager(x, y, settings)
     else:
         weights, loss = keras_fit(arguments.front_end, x, y, settings, arguments.shard)
-    same = len(set(communicator.gather(hashlib.sha256(weights.tobytes()).digest()))) == 1
+    others = Survivors(communicator, True)
+
+    def digests() -> set[bytes]:
+        found = set(communicator.gather(hashlib.sha256(weights.tobytes()).digest()))
+        others.agree()
+        return found
+
+    same = len(others.repeat(digests)) == 1
     finite = bool(np.isfinite(weights).all() and np.isfinite(loss))
     print(f"rank {me} ended as {lsgd.rank()} of {lsgd.size()}: same={same} finite={finite} loss={loss:.5f}", flush=True)
 

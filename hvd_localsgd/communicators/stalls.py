@@ -84,12 +84,12 @@ class Stalls:
         self._comm, self._hosts, self._processes, self._seen = comm, hosts, processes, seen
         self._may_die = may_die
         self._rank, self._arrived = comm.Get_rank(), np.zeros(comm.Get_size(), np.int64)
-        self._exchange, self._said = 0, 0
+        self._exchange, self._said, self._gave_up = 0, 0, False
 
     def begin(self) -> None:
         """This rank has come to the next exchange."""
         self._exchange += 1
-        self._said = 0
+        self._said, self._gave_up = 0, False
 
     def end(self) -> None:
         """All have."""
@@ -132,6 +132,8 @@ class Stalls:
         return np.flatnonzero(self._arrived < self._exchange).tolist() if self._rank == speaker else []
 
     def _give_up(self, seconds: float) -> None:
+        if self._gave_up:
+            return  # MPI will tell us of its death
         missing, timeout = self._missing(), patience.timeout
         assert timeout is not None
         if missing and self._may_die and all(self._kill(rank) for rank in missing):
@@ -139,6 +141,7 @@ class Stalls:
                 f"hvd_localsgd: {self._me} has waited for {seconds:.0f} s, and has killed {self._names(missing)}",
                 file=sys.stderr,
             )
+            self._gave_up = True
             return
         if missing or seconds > 2 * timeout:
             who = self._names(missing) if missing else "others, among them ranks 0 and 1"
