@@ -52,13 +52,13 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         {options}
         statistics: further variables to average, such as ``model.non_trainable_variables``; integers among them are
             not averaged.
-        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
+        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the latest records in memory only.
         name: as for every Keras optimizer.
 
     Attributes:
         settings: what was chosen, a ``hvd_localsgd.core.settings.Settings``.
-        timings: list of ``hvd_localsgd.core.timing.Round``, this rank's rounds, oldest first. What is not a sync is
-            ``compute``: the optimizer cannot tell input from computing.
+        timings: list of ``hvd_localsgd.core.timing.Round``, this rank's latest thousand rounds, oldest first. What is not a
+            sync is ``compute``: the optimizer cannot tell input from computing.
         totals: after the end of training, sums over those rounds, one dict per rank.
 
     Raises:
@@ -451,8 +451,9 @@ def _zeros(shape: Sequence[int], dtype: Any) -> tf.Variable:
 
 
 def _assign(variable: Any, value: Any) -> None:
+    """As an array: TensorFlow keeps every Python number that it is given, for ever."""
     for part in components(variable):
-        part.assign(value)
+        part.assign(np.asarray(value, part.dtype.as_numpy_dtype))
 
 
 def _check_takes_plain_steps(optimizer: keras.optimizers.Optimizer) -> None:
