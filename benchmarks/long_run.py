@@ -88,7 +88,9 @@ def slope(samples: list[dict[str, float]], key: str) -> float:
     """Of the least-squares line, per round."""
     import numpy as np
 
-    return float(np.polyfit([s["round"] for s in samples], [s[key] for s in samples], 1)[0]) if len(samples) > 1 else 0.0
+    return (
+        float(np.polyfit([s["round"] for s in samples], [s[key] for s in samples], 1)[0]) if len(samples) > 1 else 0.0
+    )
 
 
 def median(samples: list[dict[str, float]], key: str) -> float:
@@ -108,7 +110,9 @@ def fit(rounds: int, sampler: Sampler, optimizer: Any, callbacks: list[Any]) -> 
     data = tf.data.Dataset.from_tensors((tf.ones((2, 4)), tf.ones((2, 1)))).repeat()
     steps = min(rounds, 500)
     watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: sampler.round())
-    model.fit(data, steps_per_epoch=steps, epochs=rounds // steps, shuffle=False, verbose=0, callbacks=[*callbacks, watch])
+    model.fit(
+        data, steps_per_epoch=steps, epochs=rounds // steps, shuffle=False, verbose=0, callbacks=[*callbacks, watch]
+    )
 
 
 def callback(rounds: int, sampler: Sampler) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hvd_localsgd.communicators import base
 from hvd_localsgd.communicators.base import Communicator, OfThisProcess, SharedVector
 from hvd_localsgd.communicators.launchers import launched_size
 from hvd_localsgd.errors import CommunicatorError
@@ -147,19 +148,22 @@ class MPICommunicator(Communicator):
             time.sleep(_GENTLE_SECONDS)
 
     def broadcast(self, array: np.ndarray) -> None:
-        """MPI_Bcast of the raw bytes (MPI knows no bfloat16), in pieces below MPI's 2^31 limit."""
+        """MPI_Bcast of the raw bytes (MPI knows no bfloat16), in pieces."""
         raw = array.reshape(-1).view(np.uint8)
-        for start in range(0, raw.size, 1 << 28):
-            self._comm.Bcast(raw[start : start + (1 << 28)], root=0)
+        for start in range(0, raw.size, base.MOST):
+            self._comm.Bcast(raw[start : start + base.MOST], root=0)
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Lengths first, then MPI_Allgatherv."""
+        """Lengths first, then MPI_Allgatherv, in pieces."""
         lengths = np.empty(self.size, np.int64)
         self._comm.Allgather(np.array([len(data)], np.int64), lengths)
-        everything = np.empty(int(lengths.sum()), np.uint8)
-        self._comm.Allgatherv(np.frombuffer(data, np.uint8), [everything, lengths.tolist()])
-        ends = np.cumsum(lengths)
-        return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
+
+        def piece(own: np.ndarray, counts: list[int]) -> np.ndarray:
+            everything = np.empty(sum(counts), np.uint8)
+            self._comm.Allgatherv(own, [everything, counts])
+            return everything
+
+        return base.in_pieces(data, lengths, piece)
 
     def share(self, values: np.ndarray) -> SharedVector:
         """An MPI window."""
@@ -178,9 +182,9 @@ class MPICommunicator(Communicator):
             raise ValueError(f"rank {self.rank} is in none of the groups {[list(g) for g in groups]}")
         self._use(self._comm.Split(colors[self.rank], self.rank))
 
-    def abort(self) -> None:
-        """MPI_Abort: the launcher stops every other rank and returns non-zero."""
-        self._comm.Abort(1)
+    def abort(self, status: int) -> None:
+        """MPI_Abort: the launcher stops every other rank, and returns the status."""
+        self._comm.Abort(status)
 
 
 class _Window(SharedVector):

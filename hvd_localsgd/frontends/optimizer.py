@@ -23,10 +23,11 @@ from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.selection import means_and_variances
 from hvd_localsgd.core.timing import Recorded, Timings
-from hvd_localsgd.frontends import frames, keras_state
+from hvd_localsgd.frontends import as_raised, frames, keras_state
 from hvd_localsgd.frontends.parts import Schedule
 from hvd_localsgd.frontends.table import print_table
 
+as_raised.install()
 _maybe_merge_call = tf.__internal__.distribute.interim.maybe_merge_call
 
 
@@ -64,8 +65,8 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
     Raises:
         ValueError: an argument is not one of the above; in the first step: ranks hold different models or settings.
         RuntimeError: inside XLA (``jit_compile=True``), which cannot call MPI.
-        RankFailed: on every rank, when another rank failed or its weights are not finite. Out of a graph (``fit``,
-            ``tf.function``) this and the ValueError of the first step come as TensorFlow's error with these words.
+        RankFailed: on every rank, when another rank failed or its weights are not finite. Out of a ``tf.function`` of your own
+            this and the ValueError of the first step come as a ``tf.errors.OpError`` with these words; not out of Keras'.
     """
 
     _engine: LocalSGD  # made before the first step
