@@ -11,6 +11,7 @@ import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,10 +109,14 @@ def _weights(table: np.ndarray, settings: Settings, world: bool) -> np.ndarray:
         total = _sum(share)
         return share / total if total else share
     order = np.argsort(table["group"])
-    for own in np.split(order, np.flatnonzero(np.diff(table["group"][order])) + 1):
-        if not share[own].any():
-            share[own] = 1.0  # they hold the same, and keep it
-        share[own] /= _sum(share[own])
+    by_group = share[order]
+    ends = np.flatnonzero(np.diff(table["group"][order])) + 1
+    for start, stop in pairwise([0, *ends.tolist(), len(order)]):
+        own = by_group[start:stop]
+        if not own.any():
+            own[:] = 1.0  # they hold the same, and keep it
+        own /= _sum(own)
+    share[order] = by_group
     return share
 
 

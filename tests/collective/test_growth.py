@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_localsgd.core import timing
+from hvd_localsgd.frontends.table import print_table
 
 from . import reference
 from .helpers import Epochs, fit
@@ -34,6 +35,19 @@ def test_a_window_of_rounds_is_kept_and_all_are_in_the_sums_and_in_the_file(lsgd
     again = fit(lsgd, callback.model, 2, callback)
     assert callback.totals[lsgd.rank()]["steps"] == 2, "of the last fit alone"
     assert len(again.epoch) == 1
+
+
+@pytest.mark.alone
+def test_of_thousands_of_ranks_the_slowest_and_the_fastest_are_shown(capsys):
+    order = np.random.default_rng(0).permutation(4096).tolist()
+    zeros = timing.Sums().numbers
+    print_table([{**zeros, "compute": order.index(rank) + 1, "rank": rank, "host": "h"} for rank in range(4096)], "")
+    lines = capsys.readouterr().out.splitlines()
+    shown = [int(line.split()[0]) for line in lines if line.strip().split(" ")[0].isdigit()]
+    assert shown == [*order[:-5:-1], *order[3::-1]]
+    (total,) = [line for line in lines if line.strip().startswith("total")]
+    assert f"{4096 * 4097 / 2:.2f} s" in total
+    assert len(lines) < 20
 
 
 def test_no_python_number_is_given_to_tensorflow_at_every_round(lsgd, monkeypatch):
