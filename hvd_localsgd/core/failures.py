@@ -126,6 +126,7 @@ def together(trainer: Trainer) -> Iterator[None]:
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
     """Around what a graph calls. A framework makes an error of its own of what is raised in here; ``cause`` finds it again."""
+    _process.raised = None  # its frames hold views of weights
     try:
         yield
     except BaseException as error:
