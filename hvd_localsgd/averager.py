@@ -33,7 +33,7 @@ class ModelAverager(Recorded):
             list on every rank; or a ``core.pipeline.Memory`` of another framework's.
         {options}
         statistics: further arrays or variables, which are averaged and no more, whatever ``outer`` is.
-        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
+        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the latest records in memory only.
         broadcast: all ranks begin with rank 0's values; otherwise each with its own.
         communicator: through what; None: that of this process, which ``lsgd.init`` chose.
         reducer: makes another reducer than the fastest.

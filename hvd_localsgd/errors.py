@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class LocalSGDError(RuntimeError):
     """Everything below: something that is not a wrong argument went wrong."""
 
 
 class RankFailed(LocalSGDError):
-    """Another rank raised an error, or holds weights that are not finite; the message names it."""
+    """Another rank raised an error, or holds weights that are not finite; the message names it.
+
+    Attributes:
+        elsewhere: this is the news of an error that another rank shows itself.
+    """
+
+    elsewhere = False
 
 
 class CommunicatorError(LocalSGDError):
@@ -33,3 +41,9 @@ class BuildError(LocalSGDError):
 
 class RanksDiffer(ValueError):
     """Models or settings are not the same on all ranks; raised on all of them, naming the first difference."""
+
+
+def listed(words: Sequence[str], separator: str = ", ") -> str:
+    """The first eight, and how many more there are: of thousands of ranks nobody reads."""
+    more = f" and {len(words) - 8} more" if len(words) > 8 else ""
+    return separator.join(words[:8]) + more

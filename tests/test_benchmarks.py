@@ -167,6 +167,23 @@ def test_the_emulated_cluster_refuses_nonsense(arguments, words):
     assert words in result.output
 
 
+def test_many_ranks(tmp_path):
+    rows = run(tmp_path, "many_ranks.py", "--sizes", 4, 4096, "--repeats", 1)
+    assert [row["ranks"] for row in rows] == [4, 4096]
+    few, many = rows
+    assert many["header bytes"] == 1024 * few["header bytes"]
+    assert many["table lines"] < 20, "more ranks than lines"
+
+
+def test_long_run(tmp_path):
+    rows = run(tmp_path, "long_run.py", "--ranks", 2, "--rounds", 20, "--ways", "callback", "averager")
+    assert [(row["way"], row["ranks"], len(row["samples"])) for row in rows] == [
+        ("callback", 2, 20),
+        ("averager", 2, 20),
+    ]
+    assert all(sample["memory"] > 1e6 and sample["threads"] >= 1 for row in rows for sample in row["samples"])
+
+
 def test_traffic(tmp_path):
     ways = ("--ways", "plain", "int8", "overlap", "fragments", "groups")
     rows = run(tmp_path, "traffic.py", "--model", "tiny", *ways, "--repeats", 1, "--sync-every", 4)

@@ -1,6 +1,7 @@
 """The decision is a pure function of the header table: no MPI here."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -141,6 +142,19 @@ def test_every_round_has_steps_and_h_is_the_schedules_unless_balanced(table, set
     assert (intervals >= 1).all()
     if settings.interval == "equal":
         assert set(intervals.tolist()) == {settings.schedule.interval(Now(int(table["total"].max())))}
+
+
+def test_the_weights_of_thousands_of_ranks_are_exact():
+    random = np.random.default_rng(0)
+    samples = random.uniform(0, 1e6, 4096)
+    groups = random.integers(0, 500, 4096)
+    rows = [{"steps": 3, "total": 3, "samples": s, "group": g} for s, g in zip(samples, groups, strict=True)]
+    table = table_of(rows)
+    weights = protocol.decide(table, Settings(5, weighting="samples")).weights
+    assert weights.tolist() == [float(s) / math.fsum(samples) for s in samples]
+    own = protocol.decide(table, Settings(5, weighting="samples", groups=Groups("node", 9)), Now(0, round=1)).weights
+    sums = [math.fsum(samples[groups == group]) for group in range(500)]
+    assert own.tolist() == [float(s) / sums[g] for s, g in zip(samples, groups, strict=True)]
 
 
 def test_by_hand():

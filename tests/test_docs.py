@@ -44,4 +44,5 @@ def test_tests_that_claims_name_exist():
             if named:
                 assert (launched.ROOT / named).exists(), line
             if test:
-                assert f"def {test}" in (launched.ROOT / str(file)).read_text(), line
+                assert file, line
+                assert f"def {test}" in (launched.ROOT / file).read_text(), line

@@ -10,6 +10,10 @@ from . import launched
 EVERY_RANK = {
     "raises": "rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
     "raises_before_training": "rank 1 on .* failed: KeyError: 'trouble before training'",
+    "interrupts": "ends: rank 1 on .* failed: KeyboardInterrupt",
+    "generator_exits": "ends: rank 1 on .* failed: UnknownError: SystemExit: 3$",
+    "loop_raises": "ends: rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
+    "thread_raises": "ends: rank 1 on .* failed: ValueError: trouble in the middle of an epoch",
     "exits": "rank 1 on .* failed: RuntimeError: the process ended in the middle of training",
     "shape": r"Ranks hold different models: variable 0 .*\[2, 4\].* on rank 1",
     "optimizer_shape": r"Ranks hold different models: variable 0 .*\[2, 4\].* on rank 1",
@@ -29,6 +33,16 @@ EVERY_RANK = {
 }
 
 
+# Whose traceback is shown; elsewhere that of rank 1. All ranks refuse arguments by themselves, or raise the same: then rank 0 shows it.
+BOTH, RANK_0, NOBODY = (0, 1), (0,), ()
+TRACEBACKS = dict.fromkeys(("zero", "negative", "fraction", "text", "empty_shard"), BOTH)
+TRACEBACKS |= dict.fromkeys(("shape", "optimizer_shape", "nan", "nan_row", "overlap_nan_row"), RANK_0) | {
+    "exits": NOBODY
+}
+STATUS = {"exits": 3, "generator_exits": 3, "interrupts": 130}
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # TensorFlow logs what a graph's calls raise, with tracebacks of its own
+
+
 def error_lines(output, pattern, rank):
     """Lines of a rank."""
     return re.findall(rf"^\[1,{rank}\]<std(?:err|out)>:.*{pattern}.*", output, re.M)
@@ -36,12 +50,20 @@ def error_lines(output, pattern, rank):
 
 @pytest.mark.parametrize("what", sorted(EVERY_RANK))
 def test_an_error_on_every_rank(what):
-    result = launched.mpirun(2, "tests/programs/failing_program.py", what, timeout=90)
-    assert result.status != 0, result.output
+    result = launched.mpirun(2, "tests/programs/failing_program.py", what, timeout=90, environment=QUIET)
+    assert result.status == STATUS.get(what, 1), result.output
     assert "not reached" not in result.output, result.output
     assert error_lines(result.output, EVERY_RANK[what], 0), result.output
+    shown = [rank for rank in (0, 1) if error_lines(result.output, "Traceback", rank)]
+    assert shown == list(TRACEBACKS.get(what, (1,))), result.output
+    if what.startswith("optimizer"):
+        assert "caught RankFailed" in result.output or "caught RanksDiffer" in result.output, result.output
     own = "ValueError: trouble in" if what in ("raises", "overlap_raises", "optimizer_raises") else None
     own = own or {
+        "interrupts": r"ends the job \(KeyboardInterrupt\)",
+        "generator_exits": r"ends the job \(UnknownError\)",
+        "loop_raises": r"ends the job \(ValueError\)",
+        "thread_raises": r"ends the job \(ValueError\)",
         "raises_before_training": r"ends the job \(KeyError\)",
         "exits": "ends the job",
         "async_raises": r"ends the job \(ValueError\)",
@@ -49,6 +71,14 @@ def test_an_error_on_every_rank(what):
     assert error_lines(result.output, own, 1), result.output
     if what in ("async_nan", "async_nan_row", "overlap_nan_row"):
         assert error_lines(result.output, "finite here: True", 0), result.output
+
+
+def test_a_schedule_that_exits_inside_a_graph_ends_the_job_with_its_status():
+    """In the middle of a sync: nobody can be told."""
+    result = launched.mpirun(2, "tests/programs/failing_program.py", "optimizer_schedule_exits", timeout=90)
+    assert result.status == 3, result.output
+    assert "not reached" not in result.output, result.output
+    assert error_lines(result.output, r"ends the job \(RuntimeError\)", 1), result.output
 
 
 @pytest.mark.parametrize("what", ["dies", "overlap_killed"])

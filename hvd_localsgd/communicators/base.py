@@ -12,6 +12,26 @@ import numpy as np
 
 from hvd_localsgd.errors import CommunicatorError
 
+MOST = 1 << 28  # numbers, or bytes, in one call: MPI counts with 31 bits
+
+
+def in_pieces(data: bytes, lengths: np.ndarray, gather: Callable[[np.ndarray, list[int]], np.ndarray]) -> list[bytes]:
+    """Every rank's bytes, by rank, of which ``MOST`` travel at a time (collective).
+
+    Args:
+        data: this rank's.
+        lengths: of every rank's, int64.
+        gather: makes one array of every rank's bytes (uint8), given this rank's and how many each rank has.
+    """
+    own, share = np.frombuffer(data, np.uint8), max(1, MOST // len(lengths))
+    found = [bytearray() for _ in lengths]
+    for start in range(0, int(lengths.max()), share):
+        counts = np.clip(lengths - start, 0, share)
+        everything, ends = gather(own[start : start + share], counts.tolist()), np.cumsum(counts)
+        for entry, end, count in zip(found, ends, counts, strict=True):
+            entry += everything[end - count : end].tobytes()
+    return [bytes(entry) for entry in found]
+
 
 class OfThisProcess:
     """An attribute that only the process that set it can read: a forked child copies the whole object and is no rank.
@@ -138,5 +158,5 @@ class Communicator(ABC):
         raise CommunicatorError(f"mode='async' needs one-sided MPI; communicator {self.name!r} has none. Use 'mpi'.")
 
     @abstractmethod
-    def abort(self) -> None:
-        """End the whole job with a non-zero status. Not collective; does not return where size > 1."""
+    def abort(self, status: int) -> None:
+        """End the whole job with this status, 1 to 255. Not collective; does not return where size > 1."""

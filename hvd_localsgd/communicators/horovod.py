@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.communicators.base import Communicator, OfThisProcess
+from hvd_localsgd.communicators import base
+from hvd_localsgd.communicators.base import Communicator, OfThisProcess, in_pieces
 from hvd_localsgd.communicators.stalls import patience
 from hvd_localsgd.errors import CommunicatorError
 
@@ -79,6 +80,9 @@ class HorovodCommunicator(Communicator):
     # eagerly TensorFlow calls every operation by its kind. So a second thread uses other kinds, which do the same.
 
     def _allreduce(self, tensor: Any) -> Any:
+        if (size := tensor.shape[0]) > base.MOST:
+            pieces = [tensor[start : start + base.MOST] for start in range(0, size, base.MOST)]
+            return self._tf.concat([self._allreduce(piece) for piece in pieces], 0)
         if self.beside:
             return self._hvd.grouped_allreduce([tensor], op=self._hvd.Sum, process_set=self._set)[0]
         name = f"hvd_localsgd.allreduce.{tensor.dtype.name}.{tensor.shape}.{self._set.process_set_id}"
@@ -94,11 +98,9 @@ class HorovodCommunicator(Communicator):
                 raw[:] = self._hvd.broadcast(raw, root, name=name, process_set=self._set).numpy()
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Lengths first, then an allgather of unequal parts."""
+        """Lengths first, then an allgather of unequal parts, in pieces."""
         lengths = self._allgather(np.array([len(data)], np.int64).view(np.uint8), "lengths").view(np.int64)
-        everything = self._allgather(np.frombuffer(data, np.uint8), "bytes") if lengths.any() else np.empty(0, np.uint8)
-        ends = np.cumsum(lengths)
-        return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
+        return in_pieces(data, lengths, lambda own, counts: self._allgather(own, "bytes"))
 
     def alltoall(self, parts: np.ndarray, received: np.ndarray) -> None:
         """Horovod's, of equal parts; averages alone call it, which go one after another."""
@@ -142,9 +144,9 @@ class HorovodCommunicator(Communicator):
                 ) from error
         return self._process_sets[tuple(ranks)]
 
-    def abort(self) -> None:
+    def abort(self, status: int) -> None:
         """The launcher stops all others when one process ends with an error."""
-        os._exit(1)
+        os._exit(status)
 
     def _allgather(self, raw: np.ndarray, what: str) -> np.ndarray:
         with self._tf.device("/CPU:0"):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hvd_localsgd.communicators import base
 from hvd_localsgd.communicators.base import Communicator, OfThisProcess, SharedVector
 from hvd_localsgd.communicators.launchers import launched_size
 from hvd_localsgd.communicators.stalls import Stalls
@@ -154,20 +155,23 @@ class MPICommunicator(Communicator):
 
     @_notices_death
     def broadcast(self, array: np.ndarray) -> None:
-        """MPI_Bcast of the raw bytes (MPI knows no bfloat16), in pieces below MPI's 2^31 limit."""
+        """MPI_Bcast of the raw bytes (MPI knows no bfloat16), in pieces."""
         raw = array.reshape(-1).view(np.uint8)
-        for start in range(0, raw.size, 1 << 28):
-            self._comm.Bcast(raw[start : start + (1 << 28)], root=0)
+        for start in range(0, raw.size, base.MOST):
+            self._comm.Bcast(raw[start : start + base.MOST], root=0)
 
     @_notices_death
     def gather(self, data: bytes) -> list[bytes]:
-        """Lengths first, then MPI_Allgatherv."""
+        """Lengths first, then MPI_Allgatherv, in pieces."""
         lengths = np.empty(self.size, np.int64)
         self._comm.Allgather(np.array([len(data)], np.int64), lengths)
-        everything = np.empty(int(lengths.sum()), np.uint8)
-        self._comm.Allgatherv(np.frombuffer(data, np.uint8), [everything, lengths.tolist()])
-        ends = np.cumsum(lengths)
-        return [everything[end - n : end].tobytes() for end, n in zip(ends, lengths, strict=True)]
+
+        def piece(own: np.ndarray, counts: list[int]) -> np.ndarray:
+            everything = np.empty(sum(counts), np.uint8)
+            self._comm.Allgatherv(own, [everything, counts])
+            return everything
+
+        return base.in_pieces(data, lengths, piece)
 
     def share(self, values: np.ndarray) -> SharedVector:
         """An MPI window."""
@@ -238,15 +242,15 @@ class MPICommunicator(Communicator):
         self._revoke()
         return RankDied(f"{names or 'a rank'} has died (seen on rank {self.rank} on {self.host})")
 
-    def abort(self) -> None:
-        """MPI_Abort: the launcher stops every other rank and returns non-zero.
+    def abort(self, status: int) -> None:
+        """MPI_Abort: the launcher stops every other rank, and returns the status.
 
         Where it lets ranks die it may return 0 after MPI_Abort; but it does stop them all, and says so, when one ends with an error.
         """
         if self.resilient:
             self._revoke()
-            os._exit(1)
-        self._comm.Abort(1)
+            os._exit(status or 1)
+        self._comm.Abort(status)
 
 
 class _Window(SharedVector):

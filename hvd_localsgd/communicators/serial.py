@@ -39,5 +39,5 @@ class SerialCommunicator(Communicator):
     def restrict(self, groups: Sequence[Sequence[int]]) -> None:
         """One rank is its own group."""
 
-    def abort(self) -> None:
+    def abort(self, status: int) -> None:
         """Nobody else has to be told."""

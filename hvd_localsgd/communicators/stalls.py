@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.errors import RankFailed
+from hvd_localsgd.errors import RankFailed, listed
 
 _COME, _KILL = 0, 1  # what a notice says: this rank has come to that exchange; end that process
 
@@ -112,10 +112,8 @@ class Stalls:
             )
             return
         if missing := self._missing():
-            names = ", ".join(f"rank {rank} on {self._hosts[rank]}{self._seen(rank)}" for rank in missing[:8])
-            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             print(
-                f"hvd_localsgd: {self._me} has waited for {seconds:.0f} s; not here: {names}{more}",
+                f"hvd_localsgd: {self._me} has waited for {seconds:.0f} s; not here: {self._names(missing)}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -148,7 +146,7 @@ class Stalls:
             raise RankFailed(f"{self._me} has waited for {seconds:.0f} s (stall_timeout={timeout:g}) for {who}.")
 
     def _names(self, ranks: list[int]) -> str:
-        return ", ".join(f"rank {rank} on {self._hosts[rank]}{self._seen(rank)}" for rank in ranks[:8])
+        return listed([f"rank {rank} on {self._hosts[rank]}{self._seen(rank)}" for rank in ranks])
 
     def _kill(self, rank: int) -> bool:
         """Whether somebody who waits is on its host, and does it."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hvd_localsgd.core.settings import Settings
-from hvd_localsgd.errors import RanksDiffer
+from hvd_localsgd.errors import RanksDiffer, listed
 
 _SAME = "Build the same model, and the same optimizer, on every rank."
 STRETCH = 1 << 20  # elements broadcast at a time
@@ -56,28 +56,26 @@ def check(communicator: Any, fingerprints: np.ndarray, description: str) -> None
     Raises:
         RanksDiffer: the same on every rank.
     """
-    if (fingerprints != fingerprints[0]).any():
-        raise RanksDiffer(_first_difference(communicator, description))
+    if (differs := fingerprints != fingerprints[0]).any():
+        raise RanksDiffer(_difference(communicator, int(differs.argmax()), description))
 
 
-def _first_difference(communicator: Any, description: str) -> str:
-    entries = [json.loads(entry) for entry in communicator.gather(description.encode())]
+def _difference(communicator: Any, rank: int, description: str) -> str:
+    """Between this rank and rank 0, who alone send what they have: of thousands of ranks it would be gigabytes."""
+    sent = communicator.gather(description.encode() if communicator.rank in (0, rank) else b"")
     names = communicator.hosts
-    first_facts, first_parts, first_variables = entries[0]
-    for rank, (facts, parts, variables) in enumerate(entries):
-        who, whose = where([rank], names), where([0], names)
-        for name in {**first_facts, **facts}:
-            if facts.get(name) != first_facts.get(name):
-                return (
-                    f"Settings differ: {who} has {name}={facts.get(name)}, {whose} has {name}={first_facts.get(name)}."
-                )
-        for what, theirs, ours in (("variable", variables, first_variables), ("part", parts, first_parts)):
-            for index, (one, other) in enumerate(zip(theirs, ours, strict=False)):
-                if one != other:
-                    one, other = _where_they_differ(one, other)
-                    return f"Ranks hold different models: {what} {index} is {one} on {who}, but {other} on {whose}. {_SAME}"
-            if len(theirs) != len(ours):
-                return f"Ranks hold different models: {len(theirs)} {what}s on {who}, {len(ours)} on {whose}. {_SAME}"
+    (first_facts, first_parts, first_variables), (facts, parts, variables) = json.loads(sent[0]), json.loads(sent[rank])
+    who, whose = where([rank], names), where([0], names)
+    for name in {**first_facts, **facts}:
+        if facts.get(name) != first_facts.get(name):
+            return f"Settings differ: {who} has {name}={facts.get(name)}, {whose} has {name}={first_facts.get(name)}."
+    for what, theirs, ours in (("variable", variables, first_variables), ("part", parts, first_parts)):
+        for index, (one, other) in enumerate(zip(theirs, ours, strict=False)):
+            if one != other:
+                one, other = _where_they_differ(one, other)
+                return f"Ranks hold different models: {what} {index} is {one} on {who}, but {other} on {whose}. {_SAME}"
+        if len(theirs) != len(ours):
+            return f"Ranks hold different models: {len(theirs)} {what}s on {who}, {len(ours)} on {whose}. {_SAME}"
     return "Ranks hold different models."  # not reached: a different fingerprint has a different description
 
 
@@ -91,8 +89,7 @@ def _where_they_differ(one: Any, other: Any) -> tuple[Any, Any]:
 
 def where(ranks: Sequence[int], names: Sequence[str] | Mapping[int, str]) -> str:
     """``rank 2 on node7``: how errors name the ranks they are about."""
-    named = [f"rank {rank} on {names[rank]}" for rank in ranks]
-    return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+    return listed([f"rank {rank} on {names[rank]}" for rank in ranks])
 
 
 def from_rank_0(own: np.ndarray, communicator: Any) -> np.ndarray | None:

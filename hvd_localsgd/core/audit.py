@@ -10,7 +10,7 @@ import numpy as np
 from hvd_localsgd.core.agreement import STRETCH, where
 from hvd_localsgd.core.layout import Stretch
 from hvd_localsgd.core.pipeline import Memory
-from hvd_localsgd.errors import RankFailed
+from hvd_localsgd.errors import RankFailed, listed
 
 
 def audit(communicator: Any, memory: Memory, averaged: list[Stretch], step: int) -> None:
@@ -39,9 +39,8 @@ def audit(communicator: Any, memory: Memory, averaged: list[Stretch], step: int)
         ]
         del own
     entries = communicator.gather(", ".join(dict.fromkeys(found)).encode())
-    who = "; ".join(
-        f"{where([rank], communicator.hosts)}: {names.decode()}" for rank, names in enumerate(entries) if names
-    )
+    differ = [f"{where([rank], communicator.hosts)}: {names.decode()}" for rank, names in enumerate(entries) if names]
+    who = listed(differ, "; ")
     raise RankFailed(
         f"After the average at local step {step} not all ranks hold the same bits. Not as on rank 0 is, on {who}. Memory or a network may "
         "be faulty; or something changes weights between syncs on some ranks only."

@@ -1,5 +1,8 @@
 """A rank that fails, or leaves, must not leave the others waiting: it tells them, they raise too, the job ends non-zero.
 
+The rank that failed shows its traceback. The others, to whom it is news, say one line; what all ranks raise alike rank 0 shows. The
+job's status is that of the rank that failed: what it gave to ``sys.exit``, 130 after Ctrl-C, otherwise 1.
+
 Every way out of a process but its death takes part in one last exchange of headers, which says "left". Where all ranks leave
 that is the end; a rank that waits for one that has left raises, naming it.
 
@@ -13,6 +16,7 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,6 +29,7 @@ import numpy as np
 from hvd_localsgd.core import header
 from hvd_localsgd.errors import RankDied, RankFailed, RanksDiffer
 
+_ALIKE = (RankFailed, RanksDiffer)  # raised on all ranks alike
 TELL_SECONDS = 5.0  # how long a failing rank waits for the others to come to a sync and hear of it
 
 
@@ -66,6 +71,7 @@ class _Process:
     threads: bool = False  # two threads have trained at once
     goes_on: bool = False  # a rank may die
     communicator: Any = None  # of the job
+    raised: BaseException | None = None  # inside a graph, out of which it comes as an error of the framework's
     pid: int = 0  # who joined it: a forked child has a copy of all this, and must neither tell others nor end the job
     status: Any = 0  # what sys.exit was given
     # Not weakly: a trainer made inside a function is collected while SystemExit unwinds, and nobody would be left to tell.
@@ -124,11 +130,28 @@ def together(trainer: Trainer) -> Iterator[None]:
     before, _process.busy = _process.busy, True
     try:
         yield
-    except (RankFailed, RanksDiffer):  # which are raised on all ranks alike: nobody waits for anybody any more
+    except _ALIKE:  # nobody waits for anybody any more
         _process.failed, _process.busy = True, False
         end(trainer)
         raise
     _process.busy = before  # a rank that waits for the end of one model may take part in a sync of another
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[None]:
+    """Around what a graph calls. A framework makes an error of its own of what is raised in here; ``cause`` finds it again."""
+    _process.raised = None  # its frames hold views of weights
+    try:
+        yield
+    except BaseException as error:
+        _process.raised = error
+        raise
+
+
+def cause(error: BaseException) -> BaseException:
+    """What was raised inside a graph, if this error has its words; otherwise this error."""
+    raised = _process.raised
+    return raised if raised is not None and f"{type(raised).__name__}: {raised}" in str(error) else error
 
 
 def _check_one_thread(trainer: Trainer) -> None:
@@ -144,35 +167,66 @@ def install(communicator: Any) -> None:
     if _process.communicator is not None or communicator.size == 1:
         return
     _process.communicator, _process.pid = communicator, os.getpid()
-    show, leave = sys.excepthook, sys.exit
+    show, show_in_thread, leave = sys.excepthook, threading.excepthook, sys.exit
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        show(kind, error, trace)
+        error = cause(error)
+        if not _is_news(communicator, error):
+            show(type(error), error.with_traceback(trace), trace)
         if os.getpid() == _process.pid:
             end_job(communicator, error)
+
+    def in_thread(args: threading.ExceptHookArgs) -> None:
+        """Of the thread that trains, as if it were the main one. The end of another is not the process'."""
+        error = cause(args.exc_value or args.exc_type())
+        trains = any(trainer.thread == threading.get_ident() for trainer in _process.training.values())
+        ends = (trains or isinstance(error, _ALIKE)) and not isinstance(error, SystemExit)
+        if ends and os.getpid() == _process.pid:
+            excepthook(type(error), error, args.exc_traceback)
+        else:
+            show_in_thread(args)
 
     def exit_with(status: Any = None, /) -> NoReturn:
         _process.status = status or 0
         leave(status)
 
-    sys.excepthook, sys.exit = excepthook, exit_with
+    sys.excepthook, threading.excepthook, sys.exit = excepthook, in_thread, exit_with
     atexit.register(_leave)
 
 
 def end_job(communicator: Any, error: BaseException) -> None:
     """Tell the other ranks, let every rank print its own error, then stop the launcher and all it started."""
     name = f"rank {communicator.rank} on {communicator.host}"
-    print(f"hvd_localsgd: {name} ends the job ({type(error).__name__})", file=sys.stderr, flush=True)
-    heard = _process.failed
+    news = _is_news(communicator, error)
+    words = f"ends: {error}" if news else f"ends the job ({type(error).__name__})"
+    print(f"hvd_localsgd: {name} {words}", file=sys.stderr, flush=True)
+    heard, status = _process.failed, 0 if news else _status(error)
     with contextlib.suppress(Exception):  # whatever goes wrong here, abort is what remains
         if not heard and not _process.busy:
             heard = header.tell_failure(communicator, error, TELL_SECONDS)
         if heard:
-            communicator.exchange(np.zeros((), np.uint8), timeout=TELL_SECONDS)
-            time.sleep(0.2)
+            status = _agree_on_status(communicator, status)
     sys.stdout.flush()
     sys.stderr.flush()
-    communicator.abort()
+    communicator.abort(status or 1)
+
+
+def _is_news(communicator: Any, error: BaseException) -> bool:
+    """Whether another rank shows it."""
+    return isinstance(error, _ALIKE) and (communicator.rank > 0 or getattr(error, "elsewhere", False))
+
+
+def _status(error: BaseException | None = None) -> int:
+    """That with which this process ends by itself."""
+    given = _process.status & 255 if isinstance(_process.status, int) else 1
+    return given or (130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def _agree_on_status(communicator: Any, status: int) -> int:
+    """The most of all ranks', once all have shown their errors (collective)."""
+    statuses = communicator.exchange(np.array(status, np.uint8), timeout=TELL_SECONDS)
+    time.sleep(0.2)
+    return int(statuses.max())
 
 
 def _leave() -> None:
@@ -195,10 +249,10 @@ def _leave() -> None:
         end_job(communicator, RuntimeError("the process ended in the middle of a sync"))
     if _all_leave(communicator):
         return
+    status = _status()
     with contextlib.suppress(Exception):
-        communicator.exchange(np.zeros((), np.uint8), timeout=TELL_SECONDS)  # the others are showing their errors
-        time.sleep(0.2)
-    communicator.abort()
+        status = _agree_on_status(communicator, status)
+    communicator.abort(status)
 
 
 def _all_leave(communicator: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.errors import RankDied, RankFailed
+from hvd_localsgd.errors import RankDied, RankFailed, listed
 
 HEADER = np.dtype(
     [
@@ -58,9 +58,12 @@ def exchange(communicator: Any, own: np.ndarray) -> np.ndarray:
         RankFailed: a rank says that it has failed, or has left; on every rank, with that rank's own words.
     """
     table = communicator.exchange(own)
-    if (table["failed"] | table["left"]).any():
-        words = [entry.decode() for entry in communicator.gather(b"")]
-        raise RankFailed("; ".join(words[rank] for rank in np.flatnonzero(table["failed"] | table["left"])))
+    gone = np.flatnonzero(table["failed"] | table["left"])
+    if gone.size:
+        words = communicator.gather(b"")
+        error = RankFailed(listed([words[rank].decode() for rank in gone], "; "))
+        error.elsewhere = bool(table["failed"].any())
+        raise error
     return table
 
 
@@ -85,5 +88,11 @@ def tell_failure(communicator: Any, error: BaseException, timeout: float) -> boo
     except TimeoutError:
         return False
     name = f"rank {communicator.rank} on {communicator.host}"
-    communicator.gather(f"{name} failed: {type(error).__name__}: {error}".encode())
+    communicator.gather(f"{name} failed: {type(error).__name__}: {_in_a_line(error)}".encode())
     return True
+
+
+def _in_a_line(error: BaseException) -> str:
+    """Of a framework's error, which has the traceback of another inside, what that one says."""
+    words, inside, _ = str(error).partition("\nTraceback (most recent call last)")
+    return " ".join((words.splitlines()[-1] if inside and words else words).split())

@@ -11,6 +11,7 @@ import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +24,7 @@ from hvd_localsgd.core.header import exchange, row
 from hvd_localsgd.core.progress import BEGIN, FINISHED
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.settings import Settings
-from hvd_localsgd.errors import RankFailed
+from hvd_localsgd.errors import RankFailed, listed
 
 LESS = " Lower the learning rate, or clip the gradients (clipnorm=)."
 
@@ -113,20 +114,29 @@ def _weights(table: np.ndarray, settings: Settings, world: bool) -> np.ndarray:
     if not share.any() and not table["finite"].all():
         share = table["finite"].astype(np.float64)  # they hold the last average
     if world:
-        total = math.fsum(share)  # exact, so that it does not depend on the order of the ranks
+        total = _sum(share)
         return share / total if total else share
-    for group in set(table["group"].tolist()):
-        own = table["group"] == group
-        if not share[own].any():
-            share[own] = 1.0  # they hold the same, and keep it
-        share[own] /= math.fsum(share[own])
+    order = np.argsort(table["group"])
+    by_group = share[order]
+    ends = np.flatnonzero(np.diff(table["group"][order])) + 1
+    for start, stop in pairwise([0, *ends.tolist(), len(order)]):
+        own = by_group[start:stop]
+        if not own.any():
+            own[:] = 1.0  # they hold the same, and keep it
+        own /= _sum(own)
+    share[order] = by_group
     return share
+
+
+def _sum(values: np.ndarray) -> float:
+    """Exact, so that it does not depend on the order of the ranks."""
+    return math.fsum(values.tolist())
 
 
 def _now(table: np.ndarray, settings: Settings) -> Now:
     """The table in few numbers, none of which depends on the order of the ranks."""
     losses, weights = table["loss"], np.maximum(table["steps"], 1) * np.isfinite(table["loss"])
-    loss = math.fsum(np.where(weights, losses, 0.0) * weights) / math.fsum(weights) if weights.any() else None
+    loss = _sum(np.where(weights, losses, 0.0) * weights) / _sum(weights) if weights.any() else None
     rate, remaining = (table[name][np.isfinite(table[name])] for name in ("rate", "remaining"))
     return Now(
         step=int(table["total"].max()),
@@ -154,7 +164,7 @@ def _intervals(table: np.ndarray, settings: Settings, interval: int) -> np.ndarr
     pace = table["pace"]
     if settings.interval == "equal" or not pace.all():
         return np.full(len(table), interval, np.int64)
-    seconds = interval * len(table) / math.fsum(1 / pace)  # in which the ranks take H steps on average
+    seconds = interval * len(table) / _sum(1 / pace)  # in which the ranks take H steps on average
     whole = max(1, round(seconds / pace.max())) * pace.max()  # the slowest has the fewest, and so the coarsest
     return np.maximum(1, np.rint(whole / pace)).astype(np.int64)
 
@@ -237,7 +247,7 @@ class Together:
         if decision.average and left_out:
             names = self.communicator.hosts
             if self.communicator.rank == 0:
-                who = ", ".join(f"{where([rank], names)} (norm {table['norm'][rank]:.3g})" for rank in left_out)
+                who = listed([f"{where([rank], names)} (norm {table['norm'][rank]:.3g})" for rank in left_out])
                 warnings.warn(
                     f"guard={self.settings.guard}: left out of the average at local step {decision.now.step}: {who}",
                     stacklevel=2,
@@ -271,7 +281,7 @@ class Together:
         found = [entry.decode() for entry in self.communicator.gather(variable.encode())]
         names = self.communicator.hosts
         who = [f"{found[rank]} of {where([rank], names)}" for rank in range(len(found)) if found[rank]]
-        what = f"NaN or infinity in {', '.join(who)}" if who else "the average overflowed"
+        what = f"NaN or infinity in {listed(who)}" if who else "the average overflowed"
         became = "the average was not used" if self.settings.overlap else "all ranks have averaged it"
         raise RankFailed(f"{what} at local step {decision.now.step}; {became}.{LESS}")
 

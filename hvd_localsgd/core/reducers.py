@@ -20,6 +20,7 @@ _LARGE_CHUNK = 32 << 20
 _SMALLEST_PROBE, _LARGEST_PROBE = 16 << 20, 40 << 20  # more than caches hold, or one call looks as good as chunks
 _SLOW_SECONDS = 0.1  # for the smallest probe: a network, whose noise is small beside this
 _ENOUGH_SECONDS = 1.0
+_MOST_MEGABYTES = 2048
 
 
 class Reducer(Protocol):
@@ -172,10 +173,17 @@ def fastest(communicator: Any, payload: int) -> Library:
     In shared memory, chunks that stay in cache halve the time; on Ethernet each costs a round trip. The environment
     variable HVD_LOCALSGD_CHUNK_MB sets the chunk size instead. Models below 16 MiB are not worth measuring, and Horovod
     tunes itself.
+
+    Raises:
+        ValueError: that size is too small or too large.
     """
     if communicator.takes_tensors:
         return Library(communicator, None)
     if chosen := os.environ.get("HVD_LOCALSGD_CHUNK_MB"):
+        if not 0 < float(chosen) <= _MOST_MEGABYTES:
+            raise ValueError(
+                f"HVD_LOCALSGD_CHUNK_MB must be > 0, and at most {_MOST_MEGABYTES}, for MPI counts with 31 bits. Received: {chosen}"
+            )
         return Library(communicator, int(float(chosen) * (1 << 20)))
     if communicator.size == 1 or payload < _SMALLEST_PROBE:
         return Library(communicator, _SMALL_CHUNK)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 PARTS = ("compute", "input", "wait", "pack", "communicate", "unpack", "outer")
+WINDOW = 1000  # rounds that are kept in memory: a record takes half a kilobyte, and a long training has millions
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +85,37 @@ class Stopwatch:
         return time.perf_counter() - self._began
 
 
+class Sums:
+    """Over rounds, without keeping them.
+
+    Attributes:
+        numbers: each part, wall, residual, hidden (s), bytes, steps, syncs, staleness.
+    """
+
+    _ADDED = (*PARTS, "wall", "residual", "hidden", "bytes", "steps", "staleness")
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, Any] = dict.fromkeys((*Sums._ADDED, "syncs"), 0)
+        self._drifts, self._averages = 0.0, 0
+
+    def add(self, record: Round) -> None:
+        """One round more."""
+        numbers = self.numbers
+        for name in Sums._ADDED:
+            numbers[name] += getattr(record, name)
+        numbers["syncs"] += int(record.interval > 0)
+        if record.bytes or record.size == 1:  # with overlap nothing arrives in some rounds
+            self._drifts += record.drift
+            self._averages += 1
+
+    @property
+    def drift(self) -> float:
+        """The mean of the averages that arrived; NaN if none did."""
+        return self._drifts / self._averages if self._averages else math.nan
+
+
 class Timings(Stopwatch):
-    """The rounds of this rank, oldest first; with a folder, also one JSON line per round in ``rank-K.jsonl``.
+    """The latest rounds of this rank, oldest first; with a folder, all of them, as one JSON line each in ``rank-K.jsonl``.
 
     Args:
         folder: for the file, which is opened when training begins, and to which another fit, or a resumed run, appends.
@@ -91,9 +123,10 @@ class Timings(Stopwatch):
 
     def __init__(self, folder: str | Path | None = None) -> None:
         super().__init__()
-        self.rounds: list[Round] = []
+        self.rounds: deque[Round] = deque(maxlen=WINDOW)
         self.totals: list[dict[str, Any]] = []  # of all ranks, once training has ended
-        self._first = 0  # round of this training
+        self.training, self.epoch = Sums(), Sums()  # all rounds since each began
+        self._number = 0  # of the next round
         self.folder = folder
         self._file: TextIO | None = None
 
@@ -106,15 +139,22 @@ class Timings(Stopwatch):
             self._file.seek(max(0, self._file.seek(0, 2) - 1))
             if self._file.read() not in ("", "\n"):  # a run was killed as it wrote: its last line ends here
                 self._file.write("\n")
-        self._first = len(self.rounds)
+        self.training = Sums()
         self.restart()
+
+    def begin_epoch(self) -> None:
+        """For a front end that has epochs."""
+        self.epoch = Sums()
 
     def end_round(self, **facts: Any) -> None:
         """Keep a record with what the stopwatch says, flush its line (a killed job leaves all rounds it finished), restart."""
         wall = self.wall()
         seconds: dict[str, Any] = {**self.parts, "wall": wall, "residual": wall - sum(self.parts.values())}
-        record = Round(round=len(self.rounds), start=self.start, **seconds, **facts)
+        record = Round(round=self._number, start=self.start, **seconds, **facts)
+        self._number += 1
         self.rounds.append(record)
+        self.training.add(record)
+        self.epoch.add(record)
         if self._file is not None:
             self._file.write(json.dumps(asdict(record)) + "\n")
             self._file.flush()
@@ -125,14 +165,9 @@ class Timings(Stopwatch):
 
         ``staleness`` is the mean over syncs.
         """
-        rounds = self.rounds[self._first :]
-        sums: dict[str, Any] = {
-            name: sum(getattr(r, name) for r in rounds)
-            for name in (*PARTS, "wall", "residual", "hidden", "bytes", "steps")
-        }
-        sums["syncs"] = sum(r.interval > 0 for r in rounds)
-        sums["staleness"] = sum(r.staleness for r in rounds) / max(sums["syncs"], 1)
-        sums["rank"], sums["host"] = rounds[-1].rank, rounds[-1].host
+        last, sums = self.rounds[-1], dict(self.training.numbers)
+        sums["staleness"] /= max(sums["syncs"], 1)
+        sums["rank"], sums["host"] = last.rank, last.host
         return sums
 
 
@@ -143,8 +178,8 @@ class Recorded:
 
     @property
     def timings(self) -> list[Round]:
-        """This rank's rounds, oldest first."""
-        return self._timings.rounds
+        """This rank's rounds, oldest first: the latest thousand. ``Round.round`` counts all of them; the file has all of them."""
+        return list(self._timings.rounds)
 
     @property
     def totals(self) -> list[dict[str, Any]]:

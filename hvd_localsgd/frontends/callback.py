@@ -43,11 +43,11 @@ class LocalSGDCallback(Recorded, Callback):
 
     Args:
         {options}
-        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
+        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the latest records in memory only.
 
     Attributes:
         settings: what was chosen, a ``hvd_localsgd.core.settings.Settings``.
-        timings: list of ``hvd_localsgd.core.timing.Round``, this rank's rounds, oldest first.
+        timings: list of ``hvd_localsgd.core.timing.Round``, this rank's latest thousand rounds, oldest first.
         totals: after ``fit``, sums over its rounds, one dict per rank; the same on every rank.
 
     Raises:
@@ -181,7 +181,7 @@ class LocalSGDCallback(Recorded, Callback):
         self._updates_before = 0 if self._counts_batches else self._updates_done()
         self._by_samples, self._watches_loss = self.settings.weighting == "samples", "loss" in self.settings.needs
         self._train_samples = self._validation_samples = 0.0
-        self._first_round = len(self.timings)
+        self._timings.begin_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Whatever came before was not computing."""
@@ -242,9 +242,9 @@ class LocalSGDCallback(Recorded, Callback):
         )
         messages = self._synchronise(lambda: self._engine.meet(self._position + 2, message.encode()))
         if logs is not None:
-            entries, rounds = [json.loads(entry) for entry in messages if entry], self.timings[self._first_round :]
-            spread = epoch_logs.spread(entries, rounds)
-            logs.update(spread | epoch_logs.average(entries) | epoch_logs.seconds(rounds))
+            entries, sums = [json.loads(entry) for entry in messages if entry], self._timings.epoch
+            spread = epoch_logs.spread(entries, sums.drift)
+            logs.update(spread | epoch_logs.average(entries) | epoch_logs.seconds(sums.numbers))
             if (hint := self._apart.see(spread)) and devices.rank() == 0:
                 warnings.warn(hint, stacklevel=2)
 

@@ -91,7 +91,7 @@ class IterateAverage(keras.callbacks.Callback):
         self._step += 1
         self._sum += weight
         if weight:
-            self._share.assign(weight / self._sum)
+            self._share.assign(np.asarray(weight / self._sum))  # TensorFlow keeps every Python number, for ever
             self._update()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from hvd_localsgd.core.timing import PARTS, Round
+from hvd_localsgd.core.timing import PARTS
 
 _EPOCHS = 2  # in a row, before a hint is given
 
@@ -41,21 +41,19 @@ def average(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return averaged
 
 
-def spread(entries: Sequence[dict[str, Any]], rounds: Sequence[Round]) -> dict[str, float]:
+def spread(entries: Sequence[dict[str, Any]], drift: float) -> dict[str, float]:
     """How far the ranks are apart: ``loss_min`` and ``loss_max`` of those with samples, and the mean ``drift`` of the epoch's syncs.
 
     NaN is what there was none of: a loss that is one number, a sync.
     """
     trained = [entry for entry in entries if entry["samples"]] or entries
     losses = [loss for entry in trained if isinstance(loss := entry["logs"].get("loss"), float)] or [math.nan]
-    averaged = [r for r in rounds if r.bytes or r.size == 1]  # with overlap nothing arrives in some rounds
-    drifts = [r.drift for r in averaged] or [math.nan]
-    return {"loss_min": float(np.min(losses)), "loss_max": float(np.max(losses)), "drift": float(np.mean(drifts))}
+    return {"loss_min": float(np.min(losses)), "loss_max": float(np.max(losses)), "drift": drift}
 
 
-def seconds(rounds: Sequence[Round]) -> dict[str, float]:
-    """The epoch's sums: where the time went."""
-    return {f"seconds_{part}": sum(getattr(r, part) for r in rounds) for part in PARTS}
+def seconds(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Of the epoch's sums: where the time went."""
+    return {f"seconds_{part}": sums[part] for part in PARTS}
 
 
 class Apart:

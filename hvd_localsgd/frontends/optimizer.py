@@ -23,10 +23,11 @@ from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.selection import means_and_variances
 from hvd_localsgd.core.timing import Recorded, Timings
-from hvd_localsgd.frontends import frames, keras_state
+from hvd_localsgd.frontends import as_raised, frames, keras_state
 from hvd_localsgd.frontends.parts import Schedule
 from hvd_localsgd.frontends.table import print_table
 
+as_raised.install()
 _maybe_merge_call = tf.__internal__.distribute.interim.maybe_merge_call
 
 
@@ -52,20 +53,20 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         {options}
         statistics: further variables to average, such as ``model.non_trainable_variables``; integers among them are
             not averaged.
-        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the records in memory only.
+        timings: a folder for one JSON-lines file per rank, a line per round; None keeps the latest records in memory only.
         name: as for every Keras optimizer.
 
     Attributes:
         settings: what was chosen, a ``hvd_localsgd.core.settings.Settings``.
-        timings: list of ``hvd_localsgd.core.timing.Round``, this rank's rounds, oldest first. What is not a sync is
-            ``compute``: the optimizer cannot tell input from computing.
+        timings: list of ``hvd_localsgd.core.timing.Round``, this rank's latest thousand rounds, oldest first. What is not a
+            sync is ``compute``: the optimizer cannot tell input from computing.
         totals: after the end of training, sums over those rounds, one dict per rank.
 
     Raises:
         ValueError: an argument is not one of the above; in the first step: ranks hold different models or settings.
         RuntimeError: inside XLA (``jit_compile=True``), which cannot call MPI.
-        RankFailed: on every rank, when another rank failed or its weights are not finite. Out of a graph (``fit``,
-            ``tf.function``) this and the ValueError of the first step come as TensorFlow's error with these words.
+        RankFailed: on every rank, when another rank failed or its weights are not finite. Out of a ``tf.function`` of your own
+            this and the ValueError of the first step come as a ``tf.errors.OpError`` with these words; not out of Keras'.
     """
 
     _engine: LocalSGD  # made before the first step
@@ -452,8 +453,9 @@ def _zeros(shape: Sequence[int], dtype: Any) -> tf.Variable:
 
 
 def _assign(variable: Any, value: Any) -> None:
+    """As an array: TensorFlow keeps every Python number that it is given, for ever."""
     for part in components(variable):
-        part.assign(value)
+        part.assign(np.asarray(value, part.dtype.as_numpy_dtype))
 
 
 def _check_takes_plain_steps(optimizer: keras.optimizers.Optimizer) -> None:

@@ -11,12 +11,18 @@ from rich.table import Table
 
 from hvd_localsgd.core.timing import mean
 
+_ROWS, _ENDS = 32, 4
+
 
 def print_table(totals: Sequence[dict[str, Any]], title: str) -> None:
-    """Where the time went: a row per rank, their total and their mean."""
+    """Where the time went: a row per rank, their total and their mean; of more than 32 ranks the slowest and the fastest four."""
     average = mean(totals)
     total = {key: value * len(totals) for key, value in average.items()}
-    shown = list(totals) if len(totals) <= 32 else []
+    shown = list(totals)
+    if len(totals) > _ROWS:
+        by_speed = sorted(totals, key=lambda t: t["compute"] + t["input"], reverse=True)
+        shown = [*by_speed[:_ENDS], *by_speed[-_ENDS:]]
+        title += f": the {_ENDS} slowest and the {_ENDS} fastest"
     rows = [(f"{t['rank']} {t['host']}", t) for t in shown] + [("total", total), ("mean", average)]
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     columns = {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hvd_localsgd import devices
 from hvd_localsgd.backends.tensorflow import kernel, memory, together
+from hvd_localsgd.communicators import base
 from hvd_localsgd.core import agreement, header, layout, reducers
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
@@ -71,6 +72,32 @@ def test_tuning_chooses_alike_on_every_rank(communicator, gather, monkeypatch):
 def test_gather_keeps_order_and_content(lsgd, data):
     communicator = devices.get()
     assert communicator.gather(data[communicator.rank % 4]) == [data[k % 4] for k in range(communicator.size)]
+
+
+def test_what_is_longer_than_a_call_takes_goes_in_pieces(lsgd, communicator, gather, monkeypatch):
+    """MPI counts with 31 bits; here a call takes 10 numbers. One message is long, the others short or empty."""
+    monkeypatch.setattr(base, "MOST", 10)
+    messages = [bytes(range(97)), b"", b"x", b"y" * 10][: communicator.size]
+    assert communicator.gather(messages[communicator.rank]) == messages
+    array = np.arange(97) * (communicator.rank + 1)
+    communicator.broadcast(array)
+    assert array.tolist() == list(range(97))
+    own = np.random.default_rng(communicator.rank).normal(size=97).astype("float32")
+    variable, everyone = tf.Variable(own), gather(own)
+    averager = lsgd.ModelAverager([own, np.zeros(3)], 1, broadcast=False)
+    for each in (averager, lsgd.ModelAverager([variable], 1, broadcast=False)):
+        each.step()
+        each.finish()
+    for averaged in (own, variable.numpy()):
+        np.testing.assert_allclose(averaged, np.mean(everyone, axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("megabytes", ["0", "-1", "2049", "nan"])
+def test_chunks_that_mpi_cannot_count_are_refused(communicator, monkeypatch, megabytes):
+    monkeypatch.setenv("HVD_LOCALSGD_CHUNK_MB", megabytes)
+    with pytest.raises(ValueError, match=f"at most 2048.*Received: {megabytes}"):
+        reducers.fastest(communicator, 1)
 
 
 def test_subgroups_talk_among_themselves(communicator):

@@ -52,9 +52,9 @@ def test_a_metric_of_that_name_is_the_users_and_a_drift_of_no_sync_is_nan(lsgd):
 @pytest.mark.alone
 def test_only_ranks_with_samples_count_and_a_loss_that_is_no_number_is_nan():
     entries = [{"logs": {"loss": loss}, "samples": samples} for loss, samples in ((2.0, 8.0), (9.0, 0.0), (3.0, 4.0))]
-    assert [logs.spread(entries, [])[key] for key in SPREAD[:2]] == [2.0, 3.0]
+    assert [logs.spread(entries, 1.0)[key] for key in SPREAD[:2]] == [2.0, 3.0]
     nothing = [{"logs": {"loss": [1.0, 2.0]}, "samples": 8.0}, {"logs": {}, "samples": 8.0}]
-    assert all(math.isnan(value) for value in logs.spread(nothing, []).values())
+    assert all(math.isnan(value) for value in logs.spread(nothing, math.nan).values())
 
 
 @pytest.mark.parametrize("ill", [False, True])

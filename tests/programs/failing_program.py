@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
@@ -31,6 +32,8 @@ class Trouble(keras.callbacks.Callback):
                 raise ValueError("trouble in the middle of an epoch")
             if what == "exits":
                 sys.exit(3)
+            if what == "interrupts":
+                raise KeyboardInterrupt
             if what == "dies":
                 os._exit(9)
             if what == "nan_row":  # which no batch looks up: neither the loss nor a gradient shows it
@@ -38,12 +41,46 @@ class Trouble(keras.callbacks.Callback):
                 embedding.embeddings.assign(np.where(np.arange(500)[:, None] == 333, np.nan, embedding.embeddings))
 
 
+def batches():
+    for number in range(100):
+        if odd and number == 20:
+            sys.exit(3)
+        yield np.ones((4, 2)), np.ones((4, 1))
+
+
+def schedule(step):
+    if odd and step == 8:
+        sys.exit(3)
+    return 4
+
+
+def loop():
+    """Of the user's, compiled: rank 1 fails between two steps."""
+    import tensorflow as tf
+
+    optimizer = lsgd.LocalSGDOptimizer(keras.optimizers.SGD(0.001), sync_every=4)
+    weight = keras.Variable(np.ones((2, 1), "float32"))
+
+    @tf.function
+    def step():
+        optimizer.apply([tf.ones((2, 1))], [weight])
+
+    for number in range(20):
+        step()
+        if odd and number == 5:
+            raise ValueError("trouble in the middle of an epoch")
+
+
+if what == "loop_raises":
+    loop()
 if what.startswith("raises_before_training") and odd:
     raise KeyError("trouble before training")
 if what == "raises_before_training_unheard":
     time.sleep(60)
 units = 4 if odd and what == "shape" else 3
-sync_every = {"zero": 0, "negative": -3, "fraction": 2.5, "text": "x"}.get(what, 4)
+sync_every = {"zero": 0, "negative": -3, "fraction": 2.5, "text": "x", "optimizer_schedule_exits": schedule}.get(
+    what, 4
+)
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(units), keras.layers.Dense(1)])
 if what in ("nan_row", "killed"):
     rows = 500 if what == "nan_row" else 500_000  # the average of so many takes a while
@@ -58,15 +95,25 @@ optimizer = keras.optimizers.SGD(0.001)
 if what == "optimizer_shape" or what.startswith("optimizer"):
     units = 4 if odd and what == "optimizer_shape" else 3
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(units), keras.layers.Dense(1)])
-    model.compile(lsgd.LocalSGDOptimizer(optimizer, sync_every=4), "mse")
+    model.compile(lsgd.LocalSGDOptimizer(optimizer, sync_every=sync_every), "mse")
     if what == "optimizer_raises":
         what = "raises"
-    model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[Trouble()])
+    try:
+        model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[Trouble()])
+    except (lsgd.RankFailed, ValueError) as error:
+        print("caught", type(error).__name__, flush=True)
+        raise
 else:
     model.compile(optimizer, "mse")
     callback = lsgd.LocalSGDCallback(sync_every=sync_every, mode=mode, overlap=overlap)
+    arguments = {"x": batches()} if what == "generator_exits" else {"x": x, "y": y, "batch_size": 4}
+    if what == "thread_raises":
+        what = "raises"
+        run = {"target": model.fit, "kwargs": {**arguments, "verbose": 0, "callbacks": [callback, Trouble()]}}
+        threading.Thread(**run, daemon=True).start()
+        time.sleep(60)
     try:
-        model.fit(x, y, batch_size=4, epochs=3, verbose=0, callbacks=[callback, Trouble()])
+        model.fit(**arguments, epochs=3, verbose=0, callbacks=[callback, Trouble()])
     except lsgd.RankFailed:
         print("finite here:", all(np.isfinite(w).all() for w in model.get_weights()), flush=True)
         raise

@@ -12,6 +12,7 @@ import tensorflow as tf
 from hvd_localsgd.backends.tensorflow import kernel
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 from hvd_localsgd.backends.tensorflow.variables import components
+from hvd_localsgd.core import failures
 
 
 def call_if(
@@ -47,14 +48,16 @@ def _order(device: str) -> tf.Variable:
 def _on_one_device(call: Callable[[], None], parts: Sequence[tf.Variable], memory: TensorFlowMemory | None) -> None:
     """With the handles as inputs, TensorFlow orders all that touches these variables around the call."""
     handles = [part.handle for part in parts]
-    if memory is None:
-        tf.py_function(lambda *_: call(), handles, Tout=[])
-        return
 
     def lend(*inputs: tf.Tensor) -> list[tf.Tensor]:
-        with memory.lent(inputs[len(handles) :]) as changed:
+        lent = nullcontext(list[tf.Tensor]()) if memory is None else memory.lent(inputs[len(handles) :])
+        with failures.remembered(), lent as changed:
             call()
         return changed
+
+    if memory is None:
+        tf.py_function(lend, handles, Tout=[])
+        return
 
     changed = tf.py_function(lend, [*handles, *memory.expose()], Tout=memory.changed_dtypes)
     memory.put_back(changed if memory.changed_dtypes else [])
@@ -67,7 +70,7 @@ def _across_devices(call: Callable[[], None], parts: Sequence[tf.Variable], memo
     """
 
     def lend(*_: tf.Tensor) -> list[tf.Tensor]:
-        with memory.lent([]) if memory is not None else nullcontext():
+        with failures.remembered(), memory.lent([]) if memory is not None else nullcontext():
             call()
         return [part.read_value() for part in parts]
 
