@@ -90,7 +90,7 @@ def _what_is_due(table: np.ndarray, settings: Settings, now: Now, last: Now | No
     """
     trained = now.step if last is None else last.trained + int(table["steps"].max())
     now = replace(now, trained=trained, encoded=now.round > WARM_UP * settings.syncs_per_average)
-    if last is None or now.reached > last.reached or not table["finite"].all():
+    if last is None or now.reached > last.reached or not _counts(table, settings).all():
         return now
     parts, groups = now.parts, settings.groups
     if settings.fragments > 1:
@@ -105,14 +105,20 @@ def _turn(settings: Settings, step: int) -> int:
     return step * settings.fragments // settings.schedule.interval(Now(step))
 
 
+def _counts(table: np.ndarray, settings: Settings) -> np.ndarray:
+    """Which ranks are not left out because nothing of theirs is finite: all, where that is an error."""
+    return table["finite"] | (settings.on_nonfinite == "raise")
+
+
 def _weights(table: np.ndarray, settings: Settings, world: bool) -> np.ndarray:
     """A rank without steps has none; the others count equally, or by their samples. They sum to 1, in each group if it is by itself."""
     steps, samples = ("recent", "recent_samples") if world else ("steps", "samples")
-    share = ((table[steps] > 0) & table["finite"]).astype(np.float64)
+    counts = _counts(table, settings)
+    share = ((table[steps] > 0) & counts).astype(np.float64)
     if settings.weighting == "samples" and (share * table[samples]).any():
         share *= table[samples]
-    if not share.any() and not table["finite"].all():
-        share = table["finite"].astype(np.float64)  # they hold the last average
+    if not share.any() and not counts.all():
+        share = counts.astype(np.float64)  # they hold the last average
     if world:
         total = _sum(share)
         return share / total if total else share
