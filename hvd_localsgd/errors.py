@@ -21,3 +21,11 @@ class BuildError(LocalSGDError):
 
 class RanksDiffer(ValueError):
     """Models or settings are not the same on all ranks; raised on all of them, naming the first difference."""
+
+
+class CheckpointError(LocalSGDError):
+    """A checkpoint cannot be resumed from, or written; the message names the file and says what to do. Nothing has changed."""
+
+
+class Preempted(SystemExit):
+    """This process was asked to end, or its time is up: all ranks have written a checkpoint, and end with this exit status."""

@@ -65,7 +65,7 @@ class NumpyMemory:
         """Arrays have none: its number."""
         return f"array {block}"
 
-    def broadcast(self, communicator: Any) -> bool:
+    def broadcast(self, communicator: Any, as_far: bool = False) -> bool:
         """Into the arrays."""
         changed = []
         for array in self._start:

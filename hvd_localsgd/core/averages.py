@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from hvd_localsgd.core.pipeline import Outcome, Pipeline
 from hvd_localsgd.core.progress import Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
+from hvd_localsgd.core.state import State
 from hvd_localsgd.core.timing import Timings
 
 
@@ -77,10 +79,24 @@ class Averages:
         if self._failed is not None:
             self._coordination.refuse_average(self._failed, self._pipeline.unfinite)
 
-    def end_round(self, staleness: int = 0) -> Outcome:
-        """Of the averages that landed in it."""
+    @property
+    def flies(self) -> bool:
+        """Whether one is on its way."""
+        return self._sent is not None
+
+    def state(self) -> State:
+        """What is kept from one to the next; none may be on its way."""
+        return self._pipeline.state()
+
+    def load(self, state: State) -> None:
+        """The inverse, once started."""
+        self._pipeline.load(state)
+
+    def end_round(self, who: Any, interval: int, staleness: int = 0) -> None:
+        """A record of the round, and of the averages that landed in it."""
         outcome, self._outcome = replace(self._outcome, staleness=staleness), Outcome()
-        return outcome
+        facts = {"interval": interval, **self._progress.round(), **asdict(outcome)}
+        self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
 
     def finish(self) -> None:
         """Training has ended on all ranks (collective)."""

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import asdict
 from typing import Any
 
 from hvd_localsgd.core import agreement, failures, header, protocol
 from hvd_localsgd.core.agreement import NOTHING, Context
 from hvd_localsgd.core.averages import Averages
+from hvd_localsgd.core.keeper import Keeper
 from hvd_localsgd.core.pipeline import Pipeline
 from hvd_localsgd.core.progress import BEGIN, FINISHED, Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
@@ -43,6 +43,7 @@ class LocalSGD:
         self.number, self.count_pending = failures.number(communicator), lambda: None
         self.thread = threading.get_ident()
         self.progress = Progress()  # for front ends, to be read
+        self.keeper = Keeper()  # of checkpoints; a front end has another
         self._settings, self._coordination, self._timings = settings, coordination, timings
         self._averages = Averages(pipeline, coordination, self.progress, timings, settings)
 
@@ -58,16 +59,18 @@ class LocalSGD:
         self._model = agreement.fingerprint(description)
         own = header.row(engine=self.number, model=self._model, position=BEGIN, finite=True, **self.progress.seen)
         own["total"] = self.progress.total if total is None else total
+        own["brought"] = 0 if self.keeper.found else context.brought
         failures.begin(self)
         with failures.together(self):
             table = protocol.agree(self.communicator, own, description)
-            moved = memory.broadcast(self.communicator)
+            moved = not self.keeper.found and memory.broadcast(self.communicator, protocol.as_far(table))
             self._averages.start()
             self._coordination.start()
         table["total"] = table["total"][0]
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
         self.progress.begin(decision.now, int(decision.intervals[0]), self._settings.syncs_per_average)
         self._timings.begin(self.communicator.rank)
+        self.keeper.begin(self.progress, self._averages)
         return moved
 
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
@@ -82,6 +85,7 @@ class LocalSGD:
             return self.synchronise()
         with failures.together(self):
             self._averages.land()
+            self.keeper.take()
         return []
 
     def synchronise(self, message: bytes = b"", due: bool = True) -> list[bytes]:
@@ -99,12 +103,16 @@ class LocalSGD:
         """
         with self._coordination.together(self):
             self._averages.land()
+            self.keeper.take()
             decision = self._decide(due)
             if decision.average:
                 self._averages.make(decision)
-                self._record(self.progress.interval, decision.staleness)
+                self._averages.end_round(self.communicator, self.progress.interval, decision.staleness)
                 self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
-            return self._exchange_messages(decision, message)
+            messages = self._exchange_messages(decision, message)
+            self.keeper.see(decision)
+            self.keeper.take()
+            return messages
 
     def meet(self, position: float, message: bytes = b"") -> list[bytes]:
         """Take part in syncs until every rank has come to ``position``; then exchange messages."""
@@ -121,7 +129,7 @@ class LocalSGD:
             self._coordination.meet_all()
             self._timings.lap("wait")
             self._averages.finish()
-            self._record(0)
+            self._averages.end_round(self.communicator, 0)
             entries = self.communicator.gather(json.dumps(self._timings.sums()).encode())
             self._timings.totals = [json.loads(entry) for entry in entries]
         failures.end(self)
@@ -140,7 +148,8 @@ class LocalSGD:
         progress, timings = self.progress, self._timings
         if timings.rounds:  # the first round traces and compiles
             progress.measure(timings.parts["compute"] + timings.parts["input"])
-        own = header.row(engine=self.number, model=self._model, due=due, **self._averages.look(), **progress.fields())
+        known = {**self._averages.look(), **self.keeper.look(), **progress.fields()}
+        own = header.row(engine=self.number, model=self._model, due=due, **known)
         decision = self._coordination.decide(own, progress.last)
         timings.lap("wait")
         self._averages.refuse_what_failed()  # the average before this one: now all ranks are here to hear of it
@@ -153,8 +162,3 @@ class LocalSGD:
         messages = self._coordination.gather(message if decision.reached == self.progress.position else b"")
         self._timings.lap("communicate")
         return messages
-
-    def _record(self, interval: int, staleness: int = 0) -> None:
-        who, outcome = self.communicator, self._averages.end_round(staleness)
-        facts = {"interval": interval, **self.progress.round(), **asdict(outcome)}
-        self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)

@@ -17,6 +17,7 @@ from hvd_localsgd.core.layout import Array, Block, Chunk
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Drift, Finite, Stage
+from hvd_localsgd.core.state import State, below, under
 from hvd_localsgd.core.timing import Timings
 
 
@@ -36,8 +37,12 @@ class Memory(Protocol):
     def description(self) -> list[list[Any]]:
         """``[name, shape, dtype]`` of every variable that will ever be sent: what all ranks must agree on."""
 
-    def broadcast(self, communicator: Any) -> bool:
-        """Give all ranks rank 0's start (collective); whether that changed, on this rank, what is averaged."""
+    def broadcast(self, communicator: Any, as_far: bool = False) -> bool:
+        """Give all ranks rank 0's start (collective); whether that changed, on this rank, what is averaged.
+
+        Args:
+            as_far: all have taken the same number of steps already: what each rank keeps for itself stays its own.
+        """
 
     def is_finite(self) -> bool:
         """No NaN or infinity, as far as a look at one variable can tell: one in the loss is in every gradient."""
@@ -212,6 +217,23 @@ class Pipeline:
     def unfinite(self) -> str:
         """The variable in which this rank was about to send NaN or infinity; empty if it was not."""
         return self.memory.name(*self._finite.found) if self._finite.found else ""
+
+    def state(self) -> State:
+        """What the stages and the reducer keep from sync to sync: what is this rank's own, and what is the same on all."""
+        kept = self.reducer.state() if self.reducer is not None else {}
+        kept = under("own/reducer", kept)
+        for stage in self._stages if self.reducer is not None else ():
+            kept |= under(f"{'own' if stage.own else 'common'}/{type(stage).__name__}", stage.state())
+        return kept
+
+    def load(self, state: State) -> None:
+        """The inverse, once started; what is missing stays as it is."""
+        if self.reducer is None:
+            return
+        self.reducer.load(below("own/reducer", state))
+        for stage in self._stages:
+            if kept := below(f"{'own' if stage.own else 'common'}/{type(stage).__name__}", state):
+                stage.load(kept)
 
     def finish(self) -> None:
         """Training has ended on all ranks (collective)."""

@@ -23,7 +23,7 @@ from hvd_localsgd.core.header import exchange, row
 from hvd_localsgd.core.progress import BEGIN, FINISHED
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.settings import Settings
-from hvd_localsgd.errors import RankFailed
+from hvd_localsgd.errors import RankFailed, RanksDiffer
 
 LESS = " Lower the learning rate, or clip the gradients (clipnorm=)."
 
@@ -41,6 +41,8 @@ class Decision:
         unfinite: ranks whose weights are not finite.
         reached: the position to which every rank has come.
         staleness: asynchronously, syncs of others since this rank last read the average.
+        asked: some rank has been asked to end.
+        written: every rank's file of the last checkpoint is on the disk.
     """
 
     now: Now
@@ -51,6 +53,8 @@ class Decision:
     unfinite: tuple[int, ...]
     reached: float
     staleness: int = 0
+    asked: bool = False
+    written: bool = False
 
 
 def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> Decision:
@@ -76,6 +80,8 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
         stop=bool(table["stop"].any()),
         unfinite=tuple(int(rank) for rank in np.flatnonzero(~table["finite"])),
         reached=float(table["position"].min()),
+        asked=bool(table["asked"].any()),
+        written=bool(table["written"].all()),
     )
 
 
@@ -330,12 +336,25 @@ def agree(communicator: Any, own: np.ndarray, description: str) -> np.ndarray:
 
     Raises:
         RankFailed: on all ranks, if some begin to train and others do not.
-        RanksDiffer: on all ranks, with the first difference between their descriptions.
+        RanksDiffer: on all ranks, with the first difference between their descriptions, or where they go on from different steps.
     """
     table = exchange(communicator, own)
     check_same_place(communicator, table, beginning=True)
     check(communicator, table["model"], description)
+    steps = sorted(set(table["brought"].tolist()) - {0})
+    if len(steps) > 1:  # a rank that brings none takes what rank 0 has
+        names = hosts(communicator)
+        who = (f"{where(np.flatnonzero(table['brought'] == each).tolist(), names)}: {each}" for each in steps)
+        raise RanksDiffer(
+            f"Ranks go on from different local steps, as their optimizers have it from files: {'; '.join(who)}. Load the same checkpoint on "
+            "every rank, or one on rank 0 alone, which all others then get."
+        )
     return table
+
+
+def as_far(table: np.ndarray) -> bool:
+    """Whether all ranks' optimizers have taken the same number of steps, so that each may go on with its own state."""
+    return bool(table["total"][0]) and bool((table["total"] == table["total"][0]).all())
 
 
 def check_same_place(communicator: Any, table: np.ndarray, beginning: bool) -> None:

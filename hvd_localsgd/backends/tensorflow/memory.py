@@ -85,14 +85,22 @@ class TensorFlowMemory:
         """Whether the compiled kernel reads and writes small variables here."""
         return any(isinstance(way, Together) and way.uses_kernel for way in self._ways)
 
-    def prepare(self, start: Sequence[Any], reset_state: Callable[[], None], statistics: Sequence[Any] = ()) -> None:
+    def prepare(
+        self,
+        start: Sequence[Any],
+        reset_state: Callable[[], None],
+        statistics: Sequence[Any] = (),
+        own: Sequence[Any] = (),
+    ) -> None:
         """For a training that is about to begin.
 
         Args:
             start: what all ranks get from rank 0, any dtype.
             reset_state: what ``optimizer_state="reset"`` does.
             statistics: what a rank gets from rank 0 only if other values changed: its first step has updated them already.
+            own: of ``start``, what ranks that are equally far keep: an optimizer's state that is not averaged.
         """
+        self._own = set(map(id, own))
         self._start, self._reset_state, self._statistics = list(start), reset_state, list(statistics)
 
     def holds(self, averaged: Sequence[Any]) -> bool:
@@ -139,10 +147,12 @@ class TensorFlowMemory:
         """Of what is averaged, then of what all ranks start with."""
         return [describe(variable) for variable in [*self.variables, *self._start, *self._statistics]]
 
-    def broadcast(self, communicator: Any) -> bool:
+    def broadcast(self, communicator: Any, as_far: bool = False) -> bool:
         """One variable at a time."""
         averaged, moved = set(map(id, self.variables)), False
         for number, variable in enumerate([*self._start, *self._statistics]):
+            if as_far and id(variable) in self._own:
+                continue
             parts = components(variable)
             own = np.asarray(parts[0].read_value()._numpy()).reshape(-1)  # on a CPU its memory, to be read only
             value = agreement.from_rank_0(own, communicator)

@@ -1,0 +1,43 @@
+"""What is kept of a training: arrays by name. Names of parts are put before those of what they keep, with a slash."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+State = dict[str, np.ndarray]
+
+
+def under(name: str, state: Mapping[str, np.ndarray]) -> State:
+    """As a part of something larger."""
+    return {f"{name}/{key}": array for key, array in state.items()}
+
+
+def below(name: str, state: Mapping[str, np.ndarray]) -> State:
+    """The inverse: what this part has kept; nothing, if it has not."""
+    start = name + "/"
+    return {key.removeprefix(start): array for key, array in state.items() if key.startswith(start)}
+
+
+def numbered(name: str, arrays: Sequence[np.ndarray]) -> State:
+    """A list of arrays."""
+    return {f"{name}/{number}": array for number, array in enumerate(arrays)}
+
+
+def put_back(name: str, state: Mapping[str, np.ndarray], arrays: Sequence[np.ndarray]) -> None:
+    """The inverse, into arrays of the same shapes."""
+    for number, array in enumerate(arrays):
+        array[...] = state[f"{name}/{number}"]
+
+
+def words(value: Any) -> np.ndarray:
+    """What JSON takes, as an array of bytes; floats come back to the bit."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def value(array: np.ndarray) -> Any:
+    """The inverse."""
+    return json.loads(array.tobytes())
