@@ -124,8 +124,8 @@ class Checkpoints(Keeper):
                 self._identity = communicator.gather(os.urandom(8).hex().encode())[0].decode()
                 self.found, self._alike = None, True
                 return False
+            self._identity, self._alike = manifest["training"], manifest["ranks"] == communicator.size
             found = self._read(manifest)
-        self._identity, self._alike = manifest["training"], manifest["ranks"] == communicator.size
         dropped = source.load(below("source", found), manifest["ranks"])
         if not self._alike:
             found = {name: array for name, array in found.items() if not name.startswith("engine/averages/own/")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,3 +42,20 @@ def words(value: Any) -> np.ndarray:
 def value(array: np.ndarray) -> Any:
     """The inverse."""
     return json.loads(array.tobytes())
+
+
+def drawn() -> State:
+    """Where the random numbers of Python and numpy come from next."""
+    state: Any = np.random.get_state(legacy=True)
+    return {"python": words(random.getstate()), "numpy": words([state[0], state[1].tolist(), *state[2:]])}
+
+
+def draw_as(state: Mapping[str, np.ndarray]) -> None:
+    """The inverse."""
+    random.setstate(as_tuple(value(state["python"])))
+    np.random.set_state(tuple(value(state["numpy"])))
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists, which JSON knows, as tuples."""
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value

@@ -11,7 +11,7 @@ from hvd_localsgd import devices
 from hvd_localsgd.backends.tensorflow.variables import describe, read, write
 from hvd_localsgd.core import failures
 from hvd_localsgd.core.keeper import Checkpoints
-from hvd_localsgd.core.state import State, below, numbered, under, value, words
+from hvd_localsgd.core.state import State, below, draw_as, drawn, numbered, under, value, words
 from hvd_localsgd.frontends import frames, keras_state, random_state, replay
 from hvd_localsgd.frontends.callback import LocalSGDCallback, build
 from hvd_localsgd.frontends.optimizer import LocalSGDOptimizer
@@ -83,7 +83,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
             self._later = None
         else:
             self._now["batches"] = 0
-            self._drawn = random_state.python_state()
+            self._drawn = drawn()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """An optimizer's sync was inside the step: what it has asked for is done now."""
@@ -121,7 +121,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
             **numbered("variable", [read(each) for each in self._variables()]),
             **numbered("metric", [read(each) for each in self.model.metrics_variables]),
             **under("random", random_state.state()),
-            **under("drawn", self._drawn if where["batches"] else random_state.python_state()),
+            **under("drawn", self._drawn if where["batches"] else drawn()),
         }
 
     def load(self, state: State, ranks: int) -> list[str]:
@@ -170,10 +170,10 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
                 "twice or not at all. Call keras.utils.set_random_seed first thing in the script, with another seed on each rank.",
                 stacklevel=2,
             )
-        self._drawn = below("drawn", later) or random_state.python_state()
+        self._drawn = below("drawn", later) or drawn()
 
         def before() -> None:
-            random_state.load_python(self._drawn)
+            draw_as(self._drawn)
 
         def after() -> None:
             if random := below("random", later):

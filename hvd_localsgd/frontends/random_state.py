@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
@@ -14,12 +12,12 @@ from tensorflow.python.eager import context
 from tensorflow.python.ops import stateful_random_ops
 
 from hvd_localsgd.backends.tensorflow.variables import read, write
-from hvd_localsgd.core.state import State, below, under, value, words
+from hvd_localsgd.core.state import State, as_tuple, below, draw_as, drawn, under, value, words
 
 
 def state() -> State:
     """Of Python, numpy, TensorFlow (eager operations and the global generator) and Keras."""
-    kept = under("python", python_state())
+    kept = under("drawn", drawn())
     eager = getattr(context.context(), "_rng", None)
     if eager is not None:  # a seed was set
         kept["tensorflow"] = words(eager.getstate())
@@ -28,26 +26,14 @@ def state() -> State:
 
 def load(kept: State) -> None:
     """The inverse."""
-    load_python(below("python", kept))
+    draw_as(below("drawn", kept))
     eager = getattr(context.context(), "_rng", None)
     if eager is not None and "tensorflow" in kept:
-        eager.setstate(_as_tuple(value(kept["tensorflow"])))
+        eager.setstate(as_tuple(value(kept["tensorflow"])))
     found = below("generator", kept)
     for name, variable in _generators(found).items():
         if name in found:
             write(variable, found[name])
-
-
-def python_state() -> State:
-    """Of Python and numpy: what data in Python are shuffled by."""
-    drawn: Any = np.random.get_state(legacy=True)
-    return {"random": words(random.getstate()), "numpy": words([drawn[0], drawn[1].tolist(), *drawn[2:]])}
-
-
-def load_python(kept: State) -> None:
-    """The inverse."""
-    random.setstate(_as_tuple(value(kept["random"])))
-    np.random.set_state(tuple(value(kept["numpy"])))
 
 
 def is_seeded() -> bool:
@@ -63,7 +49,3 @@ def _generators(wanted: Collection[str] = ()) -> dict[str, Any]:
     if "keras" in wanted or global_state.get_global_attribute(GLOBAL_SEED_GENERATOR) is not None:
         found["keras"] = global_seed_generator().state
     return found
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

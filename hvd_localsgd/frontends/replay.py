@@ -23,8 +23,9 @@ def skip(batches: Any, epochs: int, seen: int, before: Callable[[], None], after
     for _ in range(epochs):
         with batches.catch_stop_iteration():
             for number, entry in enumerate(batches):
-                if number == 0 or batches.steps_per_epoch or batches.num_batches is None:
-                    _take(entry, batches.steps_per_execution)
+                all_of_it = batches.steps_per_epoch or batches.data_adapter.num_batches is None
+                if (number == 0 or all_of_it) and not _take(entry, batches.steps_per_execution):
+                    raise StopIteration  # as the step does in which data end
     every = batches._enumerate_iterator
 
     def rest() -> Iterator[Any]:
@@ -39,7 +40,6 @@ def skip(batches: Any, epochs: int, seen: int, before: Callable[[], None], after
     batches._enumerate_iterator = rest
 
 
-def _take(entry: Any, steps: int) -> None:
-    """Of one execution, whose last element is an iterator, the batches."""
-    for _ in zip(range(steps), entry[-1], strict=False):
-        pass
+def _take(entry: Any, steps: int) -> int:
+    """Of one execution, whose last element is an iterator, the batches; how many there were."""
+    return sum(1 for _ in zip(range(steps), entry[-1], strict=False))
