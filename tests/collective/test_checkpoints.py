@@ -73,14 +73,25 @@ def data(kind, rank, samples):
     return {"x": dataset.repeat().batch(4), "steps_per_epoch": samples // 4 - 1}
 
 
-def fit(lsgd, folder, front="callback", kind="arrays", at=None, by=signal.SIGTERM, samples=24, more=0, epochs=3, **options):
+def fit(
+    lsgd, folder, front="callback", kind="arrays", at=None, by=signal.SIGTERM, samples=24, more=0, epochs=3, **options
+):
     """As a process that begins: seeds, a new model, new callbacks. Everything that this rank holds at the end, and its logs."""
     keras.utils.set_random_seed(3 + lsgd.rank())
-    layers = [keras.layers.Dense(5), keras.layers.BatchNormalization(), keras.layers.Dropout(0.2), keras.layers.Dense(1)]
+    layers = [
+        keras.layers.Dense(5),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.2),
+        keras.layers.Dense(1),
+    ]
     model = keras.Sequential([keras.Input((6,)), *layers])
     several = options.pop("several", 1)
     plain = options.get("control_variates")
-    inner = keras.optimizers.SGD(0.01) if plain else options.pop("inner", lambda: keras.optimizers.SGD(0.01, momentum=0.9))()
+    inner = (
+        keras.optimizers.SGD(0.01)
+        if plain
+        else options.pop("inner", lambda: keras.optimizers.SGD(0.01, momentum=0.9))()
+    )
     arguments = {"sync_every": 3} | {k: v() if callable(v) else v for k, v in options.items() if k not in ("rounds",)}
     callbacks = [lsgd.LocalSGDCallback(**arguments)] if front == "callback" else []
     optimizer = inner if front == "callback" else lsgd.LocalSGDOptimizer(inner, **arguments)
@@ -113,7 +124,9 @@ def assert_goes_on_exactly(lsgd, folder, *, without=True, at=8, **arguments):
     different = [n for n, (a, b) in enumerate(zip(whole, held, strict=True)) if (a != b).any()]
     assert not different, different
     drop = {"drift"} if arguments.get("overlap") else set()
-    assert {k: v for k, v in last.items() if k not in drop} == pytest.approx({k: v for k, v in logs.items() if k not in drop}, nan_ok=True)
+    assert {k: v for k, v in last.items() if k not in drop} == pytest.approx(
+        {k: v for k, v in logs.items() if k not in drop}, nan_ok=True
+    )
 
 
 @pytest.mark.parametrize("kind", ["arrays", "dataset", "repeated", "python"])
@@ -124,7 +137,12 @@ def test_data_go_on_where_they_were(kind, lsgd, folder):
 OPTIONS = {
     "growing": {"sync_every": lambda: __import__("hvd_localsgd").Growing()},
     "slowmo": {"outer": "slowmo"},
-    "diloco": {"outer": "diloco", "clip_change": 0.5, "guard": "outliers", "inner": lambda: keras.optimizers.Adam(0.01)},
+    "diloco": {
+        "outer": "diloco",
+        "clip_change": 0.5,
+        "guard": "outliers",
+        "inner": lambda: keras.optimizers.Adam(0.01),
+    },
     "a Keras optimizer outside": {"outer": lambda: keras.optimizers.Adam(0.01)},
     "int8": {"compression": "int8", "sync_every": 1, "variance": "pooled"},
     "overlap": {"overlap": 1},
@@ -137,3 +155,166 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_averages_keep_goes_on(name, lsgd, folder):
     assert_goes_on_exactly(lsgd, folder, without=name in ("growing", "overlap"), **OPTIONS[name])
+
+
+# Loops
+
+
+class Loop:
+    """SGD with momentum on noise, of which a rank's share is its own; what it holds when it ends."""
+
+    def __init__(
+        self, lsgd, folder, *, at=None, steps=30, rounds=2, shapes=((700,), (3, 4), (5,)), communicator=None, **options
+    ):
+        np.random.seed(3 + lsgd.rank())
+        self.x = [np.zeros(shape, np.float32) for shape in shapes]
+        self.moments = [np.zeros_like(x) for x in self.x]
+        targets = np.random.default_rng(9 + lsgd.rank()).normal(size=steps)
+        self.keeper = None if folder is None else Checkpoints(folder, rounds)
+        averager = lsgd.ModelAverager(
+            self.x,
+            **({"sync_every": 3} | options),
+            checkpoint=self.keeper,
+            state=self.moments,
+            communicator=communicator,
+        )
+        averager.tell(rate=0.05)
+        averager.begin()
+        self.began = averager.steps
+        for step in range(averager.steps, steps):
+            momentum = 0.0 if options.get("control_variates") else 0.9
+            for number, (x, moment) in enumerate(zip(self.x, self.moments, strict=True)):
+                corrected = averager.corrections[number] if averager.corrections else 0.0
+                moment[:] = momentum * moment + x - targets[step] + np.random.normal(size=x.shape) - corrected
+                x -= np.float32(0.05) * moment
+            averager.step()
+            if step == at and lsgd.rank() == lsgd.size() - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        averager.finish()
+
+    def holds(self):
+        return [array.tobytes() for array in (*self.x, *self.moments)]
+
+
+LOOPS = {
+    "plain": {},
+    "slowmo": {"outer": "slowmo"},
+    "diloco": {"outer": "diloco", "clip_change": 0.5},
+    "guard": {"guard": "outliers"},
+    "int8": {"compression": "int8", "sync_every": 1},
+    "overlap": {"overlap": 1},
+    "overlap and int8": {"overlap": 1, "compression": "int8", "sync_every": 2},
+    "fragments": {"fragments": 3},
+    "fragments and an outer step": {"fragments": 3, "outer": "diloco"},
+    "variates": {"control_variates": True},
+    "groups": {"groups": "halves"},
+}
+
+
+def chosen(lsgd, name):
+    options = dict(LOOPS[name])
+    if "groups" in options:
+        options["groups"] = lsgd.Groups([[rank] for rank in range(lsgd.size())], every=3)
+    return options
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_goes_on_exactly(name, lsgd, folder, at=13):
+    options = chosen(lsgd, name)
+    expected = Loop(lsgd, None, **options).holds()
+    assert Loop(lsgd, f"{folder}/whole", **options).holds() == expected
+    with pytest.raises(lsgd.Preempted):
+        Loop(lsgd, f"{folder}/stopped", at=at, **options)
+    loop = Loop(lsgd, f"{folder}/stopped", **options)
+    assert at < loop.began < 30
+    assert loop.holds() == expected
+
+
+def test_a_training_that_has_ended_goes_on_with_more(lsgd, folder):
+    Loop(lsgd, folder, steps=30)
+    assert Loop(lsgd, folder, steps=30).began == 30
+    assert Loop(lsgd, folder, steps=40).began == 30
+
+
+def test_only_so_many_are_kept_and_the_last_is_complete(lsgd, folder, gather):
+    Loop(lsgd, folder, rounds=1)
+    gather(0)
+    kept = sorted(name for name in os.listdir(folder) if name.startswith("round"))
+    assert len(kept) == 3
+    assert sorted(os.listdir(f"{folder}/{kept[-1]}")) == [
+        "manifest.json",
+        *(f"rank-{k}.npz" for k in range(lsgd.size())),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sync_every": 4}, "is of another training: sync_every was Constant .*3.*, and is Constant .*4"),
+        ({"outer": "slowmo"}, "is of another training: outer was"),
+        ({"shapes": ((700,), (3, 5), (5,))}, r"variables was \[\[3, 4\], 'float32'\], and is \[\[3, 5\], 'float32'\]"),
+        ({"shapes": ((700,),)}, "variables was 6 of them, and is 2 of them"),
+    ],
+)
+def test_another_training_is_refused(change, words, lsgd, folder):
+    Loop(lsgd, folder)
+    with pytest.raises(CheckpointError, match=words):
+        Loop(lsgd, folder, **change)
+    assert Loop(lsgd, folder).began == 30
+
+
+def test_what_one_rank_finds_damaged_all_refuse(lsgd, folder, gather):
+    Loop(lsgd, folder)
+    last = lsgd.size() - 1
+    if lsgd.rank() == 0:
+        newest = max(name for name in os.listdir(folder) if name.startswith("round"))
+        os.truncate(f"{folder}/{newest}/rank-{last}.npz", 64)
+    gather(0)
+    with pytest.raises(CheckpointError, match=f"rank {last} on .*rank-{last}.npz has 64 bytes, and had "):
+        Loop(lsgd, folder)
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_ranks_that_would_go_on_from_different_steps_are_named(lsgd, folder):
+    own = f"{folder}/{lsgd.rank()}"
+    alone = lsgd.devices.get().subgroup([[rank] for rank in range(lsgd.size())])
+    Loop(lsgd, own, communicator=alone, steps=12 if lsgd.rank() else 30)
+    with pytest.raises(
+        RanksDiffer, match=r"rank 0 on \S+ has round \d+ of training \w+, rank 1 on \S+ has round \d+ of"
+    ):
+        Loop(lsgd, own)
+
+
+@pytest.mark.usefixtures("several_ranks")
+def test_a_rank_without_the_files_says_so(lsgd, folder):
+    with pytest.raises(RanksDiffer, match=r"rank 1 on \S+ has none"):
+        Loop(lsgd, f"{folder}/{lsgd.rank()}")
+        Loop(lsgd, f"{folder}/{lsgd.rank()}")  # of a host only one rank writes manifests
+
+
+@pytest.mark.usefixtures("several_ranks")
+@pytest.mark.parametrize("name", ["diloco", "int8", "variates"])
+def test_fewer_ranks_go_on_with_what_was_common(name, lsgd, folder, capfd, gather):
+    options = chosen(lsgd, name)
+    with pytest.raises(lsgd.Preempted):
+        Loop(lsgd, folder, at=10, **options)
+    gather(0)
+    alone = lsgd.devices.get().subgroup([[rank] for rank in range(lsgd.size())])
+    capfd.readouterr()
+    if lsgd.rank() == 0:
+        loop = Loop(lsgd, folder, communicator=alone, **options)
+        assert loop.began > 10
+        words = capfd.readouterr().err
+        assert f"which {lsgd.size()} ranks have written; not taken over: what each rank alone kept" in words
+    gather(0)
+
+
+def test_async_cannot_be_kept(lsgd, folder):
+    with pytest.raises(ValueError, match="cannot be kept"):
+        Loop(lsgd, folder, mode="async")
+
+
+@pytest.mark.parametrize("wrong", [{"every_rounds": 0}, {"keep": 0}, {"exit_status": 256}, {"max_minutes": 0}])
+def test_what_is_out_of_range_is_echoed(wrong, folder):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be .*Received: {next(iter(wrong.values()))}"):
+        Checkpoints(folder, **wrong)

@@ -7,6 +7,8 @@ import hashlib
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -14,24 +16,36 @@ front, folder = sys.argv[1:3]
 given = dict(each.split("=") for each in sys.argv[3:])
 number = {name: int(value) for name, value in given.items() if value.lstrip("-").isdigit()}
 
+if front == "averager":
+    sys.modules["tensorflow"] = None  # as if it were not installed: a life is short
+
 import hvd_localsgd as lsgd
 
 lsgd.init()
-import keras
 import numpy as np
-import tensorflow as tf
 
-keras.utils.set_random_seed(3 + lsgd.rank())
-tf.config.experimental.enable_op_determinism()
+from hvd_localsgd.core.keeper import Checkpoints
+
+if front != "averager":
+    import keras
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(3 + lsgd.rank())
+    tf.config.experimental.enable_op_determinism()
 
 
-class Interrupt(keras.callbacks.Callback):
-    """After so many batches; ``kill_after`` waits a moment first, for a file that is being written."""
+class Interrupt(keras.callbacks.Callback if front != "averager" else object):
+    """After so many batches of this life. ``pause=N``: each takes N ms longer."""
 
     batches = 0
 
+    def on_train_batch_begin(self, batch, logs=None):
+        time.sleep(number.get("pause", 0) / 1000)
+
     def on_train_batch_end(self, batch, logs=None):
         self.batches += 1
+        if self.batches == 1:
+            Path(folder + ".begun").touch()
         if self.batches == number.get("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.batches == number.get("signal") and lsgd.rank() == lsgd.size() - 1:
@@ -42,19 +56,7 @@ class Interrupt(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-OPTIONS = {
-    "plain": {},
-    "growing": {"sync_every": lsgd.Growing()},
-    "slowmo": {"outer": "slowmo"},
-    "diloco": {"outer": "diloco", "clip_change": 5.0, "guard": "outliers"},
-    "int8": {"compression": "int8"},
-    "overlap": {"overlap": 1},
-    "adam outside": {"outer": keras.optimizers.Adam(0.01)},
-    "fragments": {"fragments": 3},
-    "variates": {"control_variates": True},
-    "groups": {"groups": lsgd.Groups([[0], [1]], every=2)},
-    "average": {"optimizer_state": "average"},
-}
+OPTIONS = {"plain": {}, "diloco": {"outer": "diloco"}, "int8": {"compression": "int8"}, "overlap": {"overlap": 1}}
 options = {"sync_every": number.get("every", 3)} | OPTIONS[given.get("options", "plain")]
 
 
@@ -80,8 +82,7 @@ def fit():
     wide = number.get("wide", 8)
     layers = [keras.layers.Dense(wide), keras.layers.BatchNormalization(), keras.layers.Dropout(0.2)]
     model = keras.Sequential([keras.Input((6,)), *layers, keras.layers.Dense(1)])
-    sgd = given.get("options") == "variates"
-    optimizer = keras.optimizers.SGD(0.01) if sgd else keras.optimizers.SGD(0.01, momentum=0.9)
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
     callbacks = [lsgd.LocalSGDCallback(**options)] if front == "callback" else []
     if front == "optimizer":
         optimizer = lsgd.LocalSGDOptimizer(optimizer, **options)
@@ -101,15 +102,18 @@ def fit():
 
 
 def loop():
-    generator = np.random.default_rng(7 + lsgd.rank())
-    x, moment = np.zeros(100, np.float32), np.zeros(100, np.float32)
-    checkpoint = lsgd.LocalSGDCheckpoint(folder, number.get("rounds", 2))
+    np.random.seed(3 + lsgd.rank())
+    size, steps = number.get("wide", 100), number.get("steps", 60)
+    x, moment = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    targets = np.random.normal(size=steps)
+    minutes = float(given["minutes"]) if "minutes" in given else None
+    checkpoint = Checkpoints(folder, number.get("rounds", 2), exit_status=number.get("status", 75), max_minutes=minutes)
     averager = lsgd.ModelAverager([x], checkpoint=checkpoint, state=[moment], **options)
     interrupt = Interrupt()
     averager.begin()
-    targets = generator.normal(size=(200, 100)).astype("float32")
-    for step in range(averager.steps, 60):
-        moment[:] = 0.9 * moment + (x - targets[step]) + np.random.normal(size=100).astype("float32")
+    for step in range(averager.steps, steps):
+        interrupt.on_train_batch_begin(step)
+        moment[:] = 0.9 * moment + (x - targets[step]) + np.random.normal(size=size).astype("float32")
         x -= 0.05 * moment
         averager.step()
         interrupt.on_train_batch_end(step)
