@@ -9,6 +9,7 @@ writing as well: checkpoints are written at every average. A job that was killed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -49,10 +50,8 @@ def family(process: int) -> list[int]:
 def kill(process: subprocess.Popen[str]) -> None:
     """All of it at once: nobody can tell anybody."""
     for each in reversed(family(process.pid)):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.communicate()
 
 
