@@ -88,7 +88,6 @@ for i in $(seq 300); do
   case $state in
     *COMPLETED) exit 0;;
     *PENDING) grep -q ended {folder}/out && scontrol update JobId=$id StartTime=now 2>/dev/null; scontrol release $id 2>/dev/null || true;;
-    *FAILED) exit 1;;
   esac
   sleep 0.5
 done
