@@ -173,6 +173,8 @@ class ModelAverager(Recorded):
     ) -> None:
         if kind is None:
             self.finish()
+        elif self._checkpoint is not None:
+            self._checkpoint.requests.ignore()
 
     def _make_engine(self) -> LocalSGD:
         communicator = self._communicator or devices.get()

@@ -130,7 +130,7 @@ class Checkpoints(Keeper):
         if not self._alike:
             found = {name: array for name, array in found.items() if not name.startswith("engine/averages/own/")}
         self.found = below("engine", found)
-        if self._alike and communicator.local_size == manifest["local ranks"]:
+        if self._together_as_then:
             reducers.prefer(communicator, manifest["reducer"])
         self._say(manifest, dropped)
         return True
@@ -172,7 +172,11 @@ class Checkpoints(Keeper):
                 state |= under("engine", below("engine", folder.read(manifest, 0)))
         except CheckpointError as found:
             error = str(found)
-        self._refuse([entry.decode() for entry in who.gather(error.encode())])
+        entries = [json.loads(entry) for entry in who.gather(json.dumps([error, who.local_size]).encode())]
+        self._refuse([error for error, _ in entries])
+        self._together_as_then = [size for _, size in entries] == [
+            file.get("ranks on its host") for file in manifest["files"]
+        ]
         return state
 
     def _refuse(self, errors: list[str]) -> None:
@@ -277,15 +281,15 @@ class Checkpoints(Keeper):
         who, number = self._communicator, self._writing.number
         self._writing.join()
         self._seconds = max(self._seconds, self._writing.seconds)
-        files = [json.loads(entry) for entry in who.gather(json.dumps(self._writing.seal).encode())]
+        own = self._writing.seal | {"ranks on its host": who.local_size}
+        files = [json.loads(entry) for entry in who.gather(json.dumps(own).encode())]
         self._writing = None
         self._refuse([file.get("error", "") for file in files])
-        if who.local_rank == 0:  # on a filesystem that hosts share all of these write the same
+        if who.local_rank == 0:  # on a filesystem that hosts share all of these write the same, to the byte
             manifest = {
                 "training": self._identity,
                 "round": number,
                 "ranks": who.size,
-                "local ranks": who.local_size,
                 "reducer": reducers.chosen(who),
                 "facts": self._facts,
                 "files": files,

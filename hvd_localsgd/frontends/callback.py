@@ -105,7 +105,8 @@ class LocalSGDCallback(Recorded, Callback):
         build(model, self.settings.optimizer_state)
         self._input = InputProbe(model)
         self._epochs_begun, self._begun = 0, False
-        self._goes_on: dict[str, Any] = {}
+        self._goes_on: dict[str, Any] = {}  # from a checkpoint, where the first epoch does
+        self._logs_before: dict[str, Any] = {}
         self.keeper = None
         self._apart = epoch_logs.Apart()
         self._training = True
@@ -188,6 +189,7 @@ class LocalSGDCallback(Recorded, Callback):
         self._planned, self._several = self.params.get("steps") or sys.maxsize, self.model.steps_per_execution
         self._counts_batches = self._planned < sys.maxsize or self._several == 1 or self.model.optimizer is None
         self._updates_before = 0 if self._counts_batches else self._goes_on.get("updates", self._updates_done())
+        self._over, self._logs_before = self._goes_on.get("over", False), {}
         self._goes_on = {}
         self._by_samples, self._watches_loss = self.settings.weighting == "samples", "loss" in self.settings.needs
         self._train_samples = self._validation_samples = 0.0
@@ -244,8 +246,8 @@ class LocalSGDCallback(Recorded, Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Callbacks see the averaged model and the averaged logs, the same on all ranks."""
         self._finish_training_steps()
-        if logs is not None and not logs and self._train_samples:  # gone on from where all batches had been seen
-            logs.update(self.model.get_metrics_result())
+        if logs is not None:
+            logs.update(self._logs_before | logs)
         own = {
             key: numbers for key, value in (logs or {}).items() if (numbers := epoch_logs.numbers(value)) is not None
         }
@@ -278,11 +280,14 @@ class LocalSGDCallback(Recorded, Callback):
     def where(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback, as JSON takes it."""
         updates = self._updates_before if self._batches else self._updates_done()
+        stop = self.model.stop_training or self._engine.progress.stopping
         return {
             "epoch": self._epoch,
             "batches": self._batches,
             "position": self._position,
             "updates": updates,
+            "over": self._batches > 0 and (self._steps_done or stop),
+            "stop": stop,
             "loss": self._loss,
             "apart": vars(self._apart),
         }
@@ -334,6 +339,8 @@ class LocalSGDCallback(Recorded, Callback):
             self._check_still_the_same()
             self._timings.lap("input")
             self._train_samples = self._samples()
+            if self._over:  # Keras has seen no batch of this epoch, and validation sets its metrics to zero
+                self._logs_before = dict(self.model.get_metrics_result())
             self._synchronise(lambda: self._engine.meet(self._position + 1))
 
     def _step_samples(self, steps: int) -> float:

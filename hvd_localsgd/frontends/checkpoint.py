@@ -65,7 +65,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
         self._batch_iterator = frames.caller_local("epoch_iterator")
         self._begun = self._ended = False
         self._first_epoch: int | None = None
-        self._now: dict[str, Any] = {"epoch": 0, "batches": 0}
+        self._now: dict[str, Any] = {"epoch": 0, "batches": 0, "over": False}
         self._later: State | None = None
         self.waits = isinstance(self._front, LocalSGDOptimizer)
         self._front.keeper = self
@@ -82,7 +82,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
             self._go_on(self._later)
             self._later = None
         else:
-            self._now["batches"] = 0
+            self._now |= {"batches": 0, "over": False}
             self._drawn = drawn()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -92,6 +92,10 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
             if self.due:
                 with failures.together(None):
                     self.take(between_steps=True)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Its data have ended."""
+        self._now["over"] = True
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """What has come out is kept, to be gone on from."""
@@ -115,7 +119,14 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
         if isinstance(self._front, LocalSGDCallback):
             where |= self._front.where()
         if self._ended:
-            where |= {"epoch": where["epoch"] + 1, "batches": 0, "position": 0.0}
+            stopped = self.params.get("epochs", 0) if self.model.stop_training else 0  # and does not go on for as many
+            where |= {
+                "epoch": max(where["epoch"] + 1, stopped),
+                "batches": 0,
+                "position": 0.0,
+                "over": False,
+                "stop": False,
+            }
         return {
             "where": words(where),
             **numbered("variable", [read(each) for each in self._variables()]),
@@ -137,7 +148,8 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
                 f"which samples of the epoch were seen (it goes on at batch {where['batches']})",
                 "the epoch's metrics so far",
             ]
-        self._now, self._first_epoch = {name: where[name] for name in ("epoch", "batches")}, where["first_epoch"]
+        self._now, self._first_epoch = {name: where[name] for name in self._now}, where["first_epoch"]
+        self.model.stop_training = where.get("stop", False)
         self._later = {name: array for name, array in state.items() if not name.startswith("variable/")} if own else {}
         if ranks != size:
             self._later = {name: array for name, array in self._later.items() if not name.startswith("metric/")}
@@ -179,7 +191,8 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
             if random := below("random", later):
                 random_state.load(random)
 
-        replay.skip(self._batch_iterator, self._now["epoch"] - self._first_epoch, seen, before, after)
+        epochs = self._now["epoch"] - self._first_epoch
+        replay.skip(self._batch_iterator, epochs, seen, self._now["over"], before, after)
 
     def _find(self) -> Any:
         """The callback in front of us, or the optimizer."""

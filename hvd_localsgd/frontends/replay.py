@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-def skip(batches: Any, epochs: int, seen: int, before: Callable[[], None], after: Callable[[], None]) -> None:
+def skip(
+    batches: Any, epochs: int, seen: int, over: bool, before: Callable[[], None], after: Callable[[], None]
+) -> None:
     """What the next epoch gives begins later.
 
     Args:
         batches: Keras' ``epoch_iterator``.
         epochs: that lie behind.
         seen: batches of the next.
+        over: whether that one's data have ended, and only what follows them is to come.
         before: called before that epoch's data begin.
         after: called before its first batch that is new.
     """
@@ -34,8 +37,11 @@ def skip(batches: Any, epochs: int, seen: int, before: Callable[[], None], after
         remaining = every()
         for _ in range(0, seen, batches.steps_per_execution):
             _take(next(remaining), batches.steps_per_execution)
+        if over:
+            next(remaining, None)  # the end, where data may be shuffled
         after()
-        yield from remaining
+        if not over:
+            yield from remaining
 
     batches._enumerate_iterator = rest
 
