@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from hvd_localsgd.averager import ModelAverager
     from hvd_localsgd.core.theory import convex_interval, nonconvex_interval, speed_up
     from hvd_localsgd.devices import init, local_rank, local_size, rank, size
-    from hvd_localsgd.errors import CommunicatorError, LocalSGDError, RankFailed
+    from hvd_localsgd.errors import CheckpointError, CommunicatorError, LocalSGDError, Preempted, RankFailed
     from hvd_localsgd.frontends.callback import LocalSGDCallback
+    from hvd_localsgd.frontends.checkpoint import LocalSGDCheckpoint
     from hvd_localsgd.frontends.data import shard
     from hvd_localsgd.frontends.iterates import IterateAverage
     from hvd_localsgd.frontends.optimizer import LocalSGDOptimizer
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AdaComm": "frontends.parts",
     "Auto": "frontends.parts",
+    "CheckpointError": "errors",
     "CommunicatorError": "errors",
     "Constant": "frontends.parts",
     "Function": "frontends.parts",
@@ -58,6 +60,7 @@ _HOME = {
     "IterateAverage": "frontends.iterates",
     "Join": "frontends.parts",
     "LocalSGDCallback": "frontends.callback",
+    "LocalSGDCheckpoint": "frontends.checkpoint",
     "LocalSGDError": "errors",
     "LocalSGDOptimizer": "frontends.optimizer",
     "Mean": "frontends.parts",
@@ -69,6 +72,7 @@ _HOME = {
     "OneShot": "frontends.parts",
     "Outliers": "frontends.parts",
     "PostLocal": "frontends.parts",
+    "Preempted": "errors",
     "QuadraticSync": "frontends.parts",
     "RankFailed": "errors",
     "Schedule": "frontends.parts",
@@ -91,6 +95,7 @@ _HOME = {
 __all__ = [
     "AdaComm",
     "Auto",
+    "CheckpointError",
     "CommunicatorError",
     "Constant",
     "Function",
@@ -100,6 +105,7 @@ __all__ = [
     "IterateAverage",
     "Join",
     "LocalSGDCallback",
+    "LocalSGDCheckpoint",
     "LocalSGDError",
     "LocalSGDOptimizer",
     "Mean",
@@ -111,6 +117,7 @@ __all__ = [
     "OneShot",
     "Outliers",
     "PostLocal",
+    "Preempted",
     "QuadraticSync",
     "RankFailed",
     "Schedule",

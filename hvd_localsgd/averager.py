@@ -11,14 +11,16 @@ import numpy as np
 
 from hvd_localsgd import assemble, devices
 from hvd_localsgd.communicators.base import Communicator
-from hvd_localsgd.core import settings
+from hvd_localsgd.core import failures, settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.keeper import Checkpoints
 from hvd_localsgd.core.pipeline import Memory
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Schedule
 from hvd_localsgd.core.selection import means_and_variances, path_of, select
 from hvd_localsgd.core.timing import Recorded, Timings
+from hvd_localsgd.kept import Loop
 
 
 @settings.shown
@@ -37,6 +39,9 @@ class ModelAverager(Recorded):
         broadcast: all ranks begin with rank 0's values; otherwise each with its own.
         communicator: through what; None: that of this process, which ``lsgd.init`` chose.
         reducer: makes another reducer than the fastest.
+        checkpoint: a ``LocalSGDCheckpoint``, or its ``core.keeper.Checkpoints`` where Keras is not wanted. ``begin`` goes on from what
+            there is, and the loop with ``averager.steps``. ``step`` then stands behind all else that a local step changes.
+        state: of the loop itself, further arrays or variables of any dtype that a checkpoint keeps, each rank's own: an optimizer's.
 
     Attributes:
         corrections: with ``control_variates``, from ``begin`` on, an array for each variable: the loop subtracts it from each
@@ -61,6 +66,8 @@ class ModelAverager(Recorded):
         broadcast: bool = True,
         communicator: Communicator | None = None,
         reducer: Callable[[Communicator], Reducer] | None = None,
+        checkpoint: Checkpoints | None = None,
+        state: Sequence[Any] = (),
         **options: Any,
     ) -> None:
         self.settings = settings.choose(sync_every, options)
@@ -69,6 +76,11 @@ class ModelAverager(Recorded):
         self._variables: Any = variables
         self._statistics, self._broadcast = list(statistics), broadcast
         self._communicator, self._reducer = communicator, reducer
+        self._checkpoint, self._state = checkpoint, list(state)
+        if checkpoint is not None and self.settings.mode == "async":
+            raise ValueError(
+                "mode='async' has no moment at which all ranks are between the same two syncs, and cannot be kept."
+            )
         self._timings = Timings(timings)
         self._training = False
         self._told: dict[str, float] = {}
@@ -79,6 +91,9 @@ class ModelAverager(Recorded):
         """All ranks agree on what is averaged, and get rank 0's values."""
         if self._engine is None:
             self._engine = self._make_engine()
+        if self._checkpoint is not None:
+            self._engine.keeper = self._checkpoint
+            self._checkpoint.resume(self._engine.communicator, self._kept())
         self._check_told(self.settings.needs - {"loss"})
         self._engine.tell(**self._told)
         self._engine.begin(context=Context({"front end": type(self).__name__}))
@@ -133,7 +148,21 @@ class ModelAverager(Recorded):
             assert self._engine is not None
             self._timings.lap("compute")
             self._engine.finish()
+            if self._checkpoint is not None:
+                with failures.together(None):
+                    self._checkpoint.finish()
             self._training = False
+
+    @property
+    def steps(self) -> int:
+        """Local steps that this rank has taken, in the life before this one too: where a loop goes on."""
+        return 0 if self._engine is None else self._engine.progress.total + self._engine.progress.steps
+
+    def _kept(self) -> Loop:
+        assert self._engine is not None
+        is_memory = hasattr(self._variables, "blocks")
+        listed = [*([] if is_memory else self._variables), *self._statistics, *self._state]
+        return Loop(self.settings, self._engine.communicator, self._variables if is_memory else None, listed)
 
     def __enter__(self) -> ModelAverager:
         self.begin()
@@ -144,6 +173,8 @@ class ModelAverager(Recorded):
     ) -> None:
         if kind is None:
             self.finish()
+        elif self._checkpoint is not None:
+            self._checkpoint.requests.ignore()
 
     def _make_engine(self) -> LocalSGD:
         communicator = self._communicator or devices.get()

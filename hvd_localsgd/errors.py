@@ -43,6 +43,14 @@ class RanksDiffer(ValueError):
     """Models or settings are not the same on all ranks; raised on all of them, naming the first difference."""
 
 
+class CheckpointError(LocalSGDError):
+    """A checkpoint cannot be resumed from, or written; the message names the file and says what to do. Nothing has changed."""
+
+
+class Preempted(SystemExit):
+    """This process was asked to end, or its time is up: all ranks have written a checkpoint, and end with this exit status."""
+
+
 def listed(words: Sequence[str], separator: str = ", ") -> str:
     """The first eight, and how many more there are: of thousands of ranks nobody reads."""
     more = f" and {len(words) - 8} more" if len(words) > 8 else ""

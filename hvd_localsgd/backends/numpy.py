@@ -73,7 +73,7 @@ class NumpyMemory:
         """Arrays have none: its number."""
         return f"array {block}"
 
-    def broadcast(self, communicator: Any) -> bool:
+    def broadcast(self, communicator: Any, as_far: bool = False) -> bool:
         """Into the arrays."""
         received = [(array, agreement.from_rank_0(array.reshape(-1), communicator)) for array in self._start]
         changed = {id(array) for array, value in received if value is not None}

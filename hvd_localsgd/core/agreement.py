@@ -24,10 +24,12 @@ class Context:
     Attributes:
         facts: name and value.
         parts: of the model, in order: ``"class"`` and configuration of its layers and its optimizers, as JSON takes it.
+        brought: local steps that this rank's optimizer has taken in another process: what a file has restored.
     """
 
     facts: Mapping[str, str] = field(default_factory=dict)
     parts: Sequence[Mapping[str, Any]] = ()
+    brought: int = 0
 
 
 NOTHING = Context()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from hvd_localsgd.core.audit import audit
 from hvd_localsgd.core.pipeline import Outcome, Pipeline
 from hvd_localsgd.core.progress import Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
+from hvd_localsgd.core.state import State
 from hvd_localsgd.core.timing import Timings
 from hvd_localsgd.errors import RankDied
 
@@ -29,7 +31,8 @@ class Averages:
     def __init__(
         self, pipeline: Pipeline, coordination: Coordination, progress: Progress, timings: Timings, settings: Settings
     ) -> None:
-        self.memory, self._pipeline, self._coordination = pipeline.memory, pipeline, coordination
+        self.memory, self.survivors = pipeline.memory, pipeline.survivors
+        self._pipeline, self._coordination = pipeline, coordination
         self._progress, self._timings = progress, timings
         self._overlap, self._wants_norm = settings.overlap, settings.guard is not None
         self._raises, self._restarts = settings.on_nonfinite == "raise", settings.on_nonfinite == "rollback"
@@ -55,7 +58,7 @@ class Averages:
         if decision.unfinite and (self._raises or not decision.goes_on):
             self._coordination.refuse(decision)
             self._outcome = Outcome(drift=math.nan)
-            self._pipeline.survivors.agree()
+            self.survivors.agree()
             return
         weight, blank = float(decision.weights[place]), place in decision.unfinite
         all_are_here = decision.reached > self._progress.reached  # and go on with the average
@@ -117,12 +120,26 @@ class Averages:
         if self._sent is None:
             averaged, communicator = self._pipeline.averaged(decision.now), self._coordination.communicator
             audit(communicator, self.memory, averaged, decision.now.step)
-        self._pipeline.survivors.agree()
+        self.survivors.agree()
 
-    def end_round(self, staleness: int = 0) -> Outcome:
-        """Of the averages that landed in it."""
+    @property
+    def flies(self) -> bool:
+        """Whether one is on its way."""
+        return self._sent is not None
+
+    def state(self) -> State:
+        """What is kept from one to the next; none may be on its way."""
+        return self._pipeline.state()
+
+    def load(self, state: State) -> None:
+        """The inverse, once started."""
+        self._pipeline.load(state)
+
+    def end_round(self, who: Any, interval: int, staleness: int = 0) -> None:
+        """A record of the round, and of the averages that landed in it."""
         outcome, self._outcome = replace(self._outcome, staleness=staleness), Outcome()
-        return outcome
+        facts = {"interval": interval, **self._progress.round(), **asdict(outcome)}
+        self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
 
     def finish(self) -> None:
         """Training has ended on all ranks (collective)."""

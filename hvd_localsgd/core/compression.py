@@ -16,6 +16,7 @@ from hvd_localsgd.core.codecs import BLOCK, Codec
 from hvd_localsgd.core.layout import Array, Chunk
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
+from hvd_localsgd.core.state import State
 
 SMALL = 256  # elements; what is smaller is not worth it
 
@@ -41,7 +42,7 @@ class Encoded:
     def start(self, plan: Sequence[Chunk], arrays: Sequence[Array]) -> None:
         """Nothing is lost yet."""
         self.plain.start(plan, arrays)
-        encoded = [chunk for chunk in plan if not chunk.exact]
+        self._chunks = encoded = [chunk for chunk in plan if not chunk.exact]
         self._own = {
             chunk.number: np.zeros(self._share(chunk) * self.communicator.size, np.float32) for chunk in encoded
         }
@@ -102,6 +103,28 @@ class Encoded:
     def error(self) -> float:
         """Of what this rank had to send to others; what the sums lose is not in it."""
         return math.sqrt(self._lost / self._moved) if self._moved else 0.0
+
+    def state(self) -> State:
+        """What was lost: of each part of a chunk by this rank's change, of the part that it adds up by the sum."""
+        lost: dict[int, np.ndarray] = {}
+        for chunk in self._chunks:
+            parts = self._own[chunk.number].reshape(self.communicator.size, -1).copy()
+            parts[self.communicator.rank] = self._sums[chunk.number]
+            for index, own, place in chunk.places():
+                block = lost.get(index, np.zeros(0, np.float32))
+                lost[index] = np.concatenate([block, np.zeros(max(0, own.stop - block.size), np.float32)])
+                lost[index][own] = parts.reshape(-1)[place]
+        return {str(index): block for index, block in lost.items()}
+
+    def load(self, state: State) -> None:
+        """The inverse, to the bit where as many ranks add up chunks of the same size."""
+        for chunk in self._chunks if state else ():
+            parts = self._own[chunk.number]
+            for index, own, place in chunk.places():
+                parts[place] = state[str(index)][own]
+            own_part = parts.reshape(self.communicator.size, -1)[self.communicator.rank]
+            self._sums[chunk.number][:] = own_part
+            own_part[:] = 0
 
     def free(self) -> None:
         """The plain reducer's."""

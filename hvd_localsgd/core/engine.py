@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from hvd_localsgd.core import agreement, failures, header, protocol
 from hvd_localsgd.core.agreement import NOTHING, Context
 from hvd_localsgd.core.averages import Averages
+from hvd_localsgd.core.keeper import Keeper
 from hvd_localsgd.core.pipeline import Pipeline
 from hvd_localsgd.core.progress import BEGIN, FINISHED, Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
@@ -50,6 +50,7 @@ class LocalSGD:
         self.number, self.count_pending = failures.number(communicator), lambda: None
         self.thread, self.goes_on = threading.get_ident(), survivors.go_on
         self.progress = Progress()  # for front ends, to be read
+        self.keeper = Keeper()  # of checkpoints; a front end has another
         self._settings, self._coordination, self._timings, self._survivors = settings, coordination, timings, survivors
         self._averages = Averages(pipeline, coordination, self.progress, timings, settings)
 
@@ -65,10 +66,11 @@ class LocalSGD:
         self._model = agreement.fingerprint(description)
         own = header.row(engine=self.number, model=self._model, position=BEGIN, finite=True, **self.progress.seen)
         own["total"] = self.progress.total if total is None else total
+        own["brought"] = 0 if self.keeper.found else context.brought
 
         def start() -> tuple[np.ndarray, bool]:
             table = protocol.agree(self.communicator, own, description)
-            moved = memory.broadcast(self.communicator)
+            moved = not self.keeper.found and memory.broadcast(self.communicator, protocol.as_far(table))
             self._averages.start()
             self._coordination.start()
             self._survivors.agree()
@@ -81,6 +83,7 @@ class LocalSGD:
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
         self.progress.begin(decision.now, int(decision.intervals[0]), self._settings.syncs_per_average)
         self._timings.begin(self.communicator.rank)
+        self.keeper.begin(self.progress, self._averages)
         return moved
 
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
@@ -95,6 +98,7 @@ class LocalSGD:
             return self.synchronise()
         with failures.together(self):
             self._land()
+            self.keeper.take()
         return []
 
     def synchronise(self, message: bytes = b"", due: bool = True) -> list[bytes]:
@@ -112,13 +116,17 @@ class LocalSGD:
         """
         with self._coordination.together(self):
             self._land()
+            self.keeper.take()
             decision = self._survivors.repeat(lambda: self._average(due))
             if decision.average:
                 if self._settings.audits(decision.now):
                     self._survivors.repeat(lambda: self._averages.audit(decision))
-                self._record(self.progress.interval, decision.staleness)
+                self._averages.end_round(self.communicator, self.progress.interval, decision.staleness)
                 self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
-            return self._survivors.repeat(lambda: self._exchange_messages(decision, message))
+            messages = self._survivors.repeat(lambda: self._exchange_messages(decision, message))
+            self.keeper.see(decision)
+            self.keeper.take()
+            return messages
 
     def meet(self, position: float, message: bytes = b"") -> list[bytes]:
         """Take part in syncs until every rank has come to ``position``; then exchange messages."""
@@ -135,7 +143,7 @@ class LocalSGD:
             self._coordination.meet_all()
             self._timings.lap("wait")
             self._averages.finish()
-            self._record(0)
+            self._averages.end_round(self.communicator, 0)
             self._timings.totals = self._survivors.repeat(self._exchange_totals)
         failures.end(self)
 
@@ -151,6 +159,7 @@ class LocalSGD:
         """Ranks have died; those with these numbers are left, and go on with their own weights."""
         self.progress.survived(left)
         self._averages.survived()
+        self.keeper.survived()
 
     # What surrounds the average.
 
@@ -172,7 +181,8 @@ class LocalSGD:
         progress, timings = self.progress, self._timings
         if timings.rounds:  # the first round traces and compiles
             progress.measure(timings.parts["compute"] + timings.parts["input"])
-        own = header.row(engine=self.number, model=self._model, due=due, **self._averages.look(), **progress.fields())
+        known = {**self._averages.look(), **self.keeper.look(), **progress.fields()}
+        own = header.row(engine=self.number, model=self._model, due=due, **known)
         decision = self._coordination.decide(own, progress.last)
         timings.lap("wait")
         self._averages.refuse_what_failed()  # the average before this one: now all ranks are here to hear of it
@@ -192,8 +202,3 @@ class LocalSGD:
         entries = self.communicator.gather(json.dumps(self._timings.sums()).encode())
         self._survivors.agree()
         return [json.loads(entry) for entry in entries]
-
-    def _record(self, interval: int, staleness: int = 0) -> None:
-        who, outcome = self.communicator, self._averages.end_round(staleness)
-        facts = {"interval": interval, **self.progress.round(), **asdict(outcome)}
-        self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)

@@ -27,9 +27,9 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from hvd_localsgd.core import header
-from hvd_localsgd.errors import RankDied, RankFailed, RanksDiffer
+from hvd_localsgd.errors import CheckpointError, Preempted, RankDied, RankFailed, RanksDiffer
 
-_ALIKE = (RankFailed, RanksDiffer)  # raised on all ranks alike
+_ALIKE = (RankFailed, RanksDiffer, CheckpointError)  # raised on all ranks alike
 TELL_SECONDS = 5.0  # how long a failing rank waits for the others to come to a sync and hear of it
 
 
@@ -103,6 +103,11 @@ def end(trainer: Trainer) -> None:
     _process.training.pop(id(trainer), None)
 
 
+def end_all() -> None:
+    """All ranks leave, whatever else they were training."""
+    _process.training.clear()
+
+
 def number(communicator: Any) -> int:
     """The next trainer's, of those on this communicator: the same on all its ranks, which make them in the same order."""
     counts = _process.trainers
@@ -124,15 +129,19 @@ def survived(communicator: Any, left: Sequence[int]) -> None:
 
 
 @contextlib.contextmanager
-def together(trainer: Trainer) -> Iterator[None]:
-    """All ranks make the calls in here. After an error in here nobody may start another."""
-    _check_one_thread(trainer)
+def together(trainer: Trainer | None) -> Iterator[None]:
+    """All ranks make the calls in here, for a trainer or before there is one. After an error in here nobody may start another."""
+    if trainer is not None:
+        _check_one_thread(trainer)
     before, _process.busy = _process.busy, True
     try:
         yield
     except _ALIKE:  # nobody waits for anybody any more
         _process.failed, _process.busy = True, False
-        end(trainer)
+        _process.training.pop(id(trainer), None)
+        raise
+    except Preempted:  # likewise, and nothing has failed
+        _process.busy = False
         raise
     _process.busy = before  # a rank that waits for the end of one model may take part in a sync of another
 

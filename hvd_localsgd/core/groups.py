@@ -10,6 +10,7 @@ import numpy as np
 from hvd_localsgd.core.layout import Array, Chunk
 from hvd_localsgd.core.reducers import Library, Reducer
 from hvd_localsgd.core.schedules import Now
+from hvd_localsgd.core.state import State
 from hvd_localsgd.errors import RanksDiffer
 
 
@@ -128,6 +129,14 @@ class Grouped:
     def error(self) -> float:
         """Changes are encoded between groups only."""
         return self.across.error
+
+    def state(self) -> State:
+        """Between groups."""
+        return self.across.state()
+
+    def load(self, state: State) -> None:
+        """The inverse."""
+        self.across.load(state)
 
     def free(self) -> None:
         """That of its parts."""

@@ -14,6 +14,7 @@ import numpy as np
 from hvd_localsgd.core.layout import Array, Block, Chunk, Stretch
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Stage
+from hvd_localsgd.core.state import State, numbered, put_back
 
 Track = tuple[float, float, int]  # mean and variance of a rank's norms, exponentially weighted, and of how many
 
@@ -176,6 +177,14 @@ class Anchor(Stage):
         for index, start, stop in self._of_weights(averaged):
             old, array = self.old[index][start:stop], arrays[index][start:stop]
             array[:] = old + (array - old) * (self._clip / norm)
+
+    def state(self) -> State:
+        """The weights after the last sync."""
+        return numbered("old", self.old)
+
+    def load(self, state: State) -> None:
+        """The inverse."""
+        put_back("old", state, self.old)
 
 
 class AnchorMoves(Stage):

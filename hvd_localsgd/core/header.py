@@ -16,6 +16,7 @@ HEADER = np.dtype(
         ("group", np.int64),  # which of the groups of ranks this one belongs to
         ("steps", np.int64),  # local steps since the last sync
         ("total", np.int64),  # local steps since training began
+        ("brought", np.int64),  # when training begins: steps that the optimizer has taken in another process
         ("samples", np.float64),  # samples those steps saw
         (
             "recent",
@@ -32,6 +33,8 @@ HEADER = np.dtype(
         ("norm", np.float64),  # of this rank's change since the last sync; 0: nobody asked
         ("finite", np.bool_),  # no NaN or infinity in this rank's weights
         ("stop", np.bool_),  # this rank wants training to stop
+        ("asked", np.bool_),  # this rank has been asked to end: all are to write a checkpoint and leave
+        ("written", np.bool_),  # the last checkpoint's file of this rank is on the disk
         ("failed", np.bool_),  # this rank has raised an error and is about to end
         ("left", np.bool_),  # this rank has ended in good order, and takes part in nothing more
     ]

@@ -14,6 +14,7 @@ import numpy as np
 from hvd_localsgd.core.layout import Array, Block, Stretch
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Stage
+from hvd_localsgd.core.state import State, numbered, put_back
 
 _STRETCH = 1 << 16  # elements
 
@@ -183,6 +184,15 @@ class OuterStep(Stage):
                 average = np.array(arrays[index][stretch], old.dtype)
                 self._rule.step(old, average, self._momentum[index][stretch], self._rate)
                 arrays[index][stretch] = old[:] = average
+
+    def state(self) -> State:
+        """x_old and the momentum."""
+        return numbered("old", self._old) | numbered("momentum", self._momentum or [])
+
+    def load(self, state: State) -> None:
+        """The inverse."""
+        put_back("old", state, self._old)
+        put_back("momentum", state, self._momentum or [])
 
 
 def _positive(name: str, value: float) -> float:

@@ -22,6 +22,7 @@ from hvd_localsgd.core import layout
 from hvd_localsgd.core.layout import Array, Chunk, Stretch
 from hvd_localsgd.core.pipeline import Outcome, Pipeline
 from hvd_localsgd.core.schedules import Now
+from hvd_localsgd.errors import RankDied
 
 _STRETCH = 1 << 16  # elements
 
@@ -54,6 +55,7 @@ class Overlapped(Pipeline):
             return
         due = self._due(now)
         stretches = layout.stretches(due)
+        self._before = reducer.state() if self.survivors.go_on else {}
         reducer.prepare(now)
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):
             started = _copy(arrays, stretches)
@@ -86,8 +88,12 @@ class Overlapped(Pipeline):
         waited = flight.wait()
         self._flight = None
         self.timings.lap("communicate")
-        self._outcome = replace(flight.result(), hidden=max(0.0, flight.seconds - waited))
-        self.survivors.agree()
+        try:
+            self._outcome = replace(flight.result(), hidden=max(0.0, flight.seconds - waited))
+            self.survivors.agree()
+        except RankDied:
+            self._carried = self._before
+            raise
         if math.isfinite(self._outcome.drift):
             started, average, stretches, ranks, due = self._begun
             self._close(average, ranks, due)

@@ -17,6 +17,7 @@ from hvd_localsgd.core.layout import Array, Block, Chunk
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Drift, Finite, Stage
+from hvd_localsgd.core.state import State, below, under
 from hvd_localsgd.core.survivors import Survivors
 from hvd_localsgd.core.timing import Timings
 from hvd_localsgd.errors import RankDied
@@ -38,8 +39,12 @@ class Memory(Protocol):
     def description(self) -> list[list[Any]]:
         """``[name, shape, dtype]`` of every variable that will ever be sent: what all ranks must agree on."""
 
-    def broadcast(self, communicator: Any) -> bool:
-        """Give all ranks rank 0's start (collective); whether that changed, on this rank, what is averaged."""
+    def broadcast(self, communicator: Any, as_far: bool = False) -> bool:
+        """Give all ranks rank 0's start (collective); whether that changed, on this rank, what is averaged.
+
+        Args:
+            as_far: all have taken the same number of steps already: what each rank keeps for itself stays its own.
+        """
 
     def is_finite(self) -> bool:
         """No NaN or infinity, as far as a look at one variable can tell: one in the loss is in every gradient."""
@@ -121,9 +126,11 @@ class Pipeline:
         self._anchor = next((stage for stage in outer if isinstance(stage, Anchor)), None)
         self._stages: tuple[Stage, ...] = (self._finite, *outer, self._drift, *stages)
         self._outcome = Outcome()
+        self._carried: State = {}  # what a reducer kept, on to the one after it
 
     def start(self) -> None:
         """All ranks hold the same values and are about to train (collective)."""
+        self._carried = {}
         self._lay_out()
         if self.reducer is not None:
             with self.memory.open() as arrays:
@@ -132,6 +139,8 @@ class Pipeline:
 
     def survived(self) -> None:
         """Ranks were lost: the next average goes another way."""
+        if self.reducer is not None and not self._carried:
+            self._carried = self.reducer.state()
         self._lost = True
 
     def _lay_out(self) -> None:
@@ -149,6 +158,8 @@ class Pipeline:
                 huge_pages.use(memory)
             self._kept = [np.empty_like(array) for array in arrays] if self.survivors.go_on else []
             self.reducer.start(self._plan, arrays)
+        self.reducer.load(self._carried)
+        self._carried = {}
 
     def send(self, weight: float, ranks: int, now: Now, waits: bool = True, blank: bool = False) -> None:
         """x_k <- sum_j w_j x_j, all ranks together (or, if the reducer is one-sided, this one by itself).
@@ -204,9 +215,11 @@ class Pipeline:
         """If a rank dies in here, everything is as it was. What stages keep they only change when all have agreed."""
         for array, kept in zip(arrays, self._kept, strict=False):
             kept[:] = array
+        before = self.reducer.state() if self._kept and self.reducer is not None else {}
         try:
             yield
         except RankDied:
+            self._carried = before
             for array, kept in zip(arrays, self._kept, strict=False):
                 array[:] = kept
             raise
@@ -264,6 +277,23 @@ class Pipeline:
     def unfinite(self) -> str:
         """The variable in which this rank was about to send NaN or infinity; empty if it was not."""
         return self.memory.name(*self._finite.found) if self._finite.found else ""
+
+    def state(self) -> State:
+        """What the stages and the reducer keep from sync to sync: what is this rank's own, and what is the same on all."""
+        kept = self.reducer.state() if self.reducer is not None else {}
+        kept = under("own/reducer", kept)
+        for stage in self._stages if self.reducer is not None else ():
+            kept |= under(f"{'own' if stage.own else 'common'}/{type(stage).__name__}", stage.state())
+        return kept
+
+    def load(self, state: State) -> None:
+        """The inverse, once started; what is missing stays as it is."""
+        if self.reducer is None:
+            return
+        self.reducer.load(below("own/reducer", state))
+        for stage in self._stages:
+            if kept := below(f"{'own' if stage.own else 'common'}/{type(stage).__name__}", state):
+                stage.load(kept)
 
     def finish(self) -> None:
         """Training has ended on all ranks (collective)."""

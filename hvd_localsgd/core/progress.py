@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hvd_localsgd.core.schedules import Now
@@ -107,6 +107,33 @@ class Progress:
         """Likewise."""
         self.sync = (self.sync + seconds) / 2 if self.sync else seconds
 
+    def state(self) -> dict[str, Any]:
+        """As JSON takes it; times are those since training began."""
+        kept = asdict(self)
+        del kept["_before"]
+        kept["earlier"] = list(self.earlier)
+        kept["elapsed"] = time.perf_counter() - kept.pop("began")
+        for name in ("wants_stop", "stopping"):
+            del kept[name]
+        kept["last"] = _plain(kept["last"])
+        return kept
+
+    def load(self, kept: dict[str, Any], alike: bool) -> None:
+        """The inverse, after ``begin``. Not ``alike``: as another rank, or among more or fewer, where what all ranks know counts."""
+        last = _now(kept.pop("last"))
+        self.began = time.perf_counter() - kept.pop("elapsed")
+        earlier = kept.pop("earlier")
+        for name, value in kept.items():
+            setattr(self, name, value)
+        self.reached = 0.0 if self.reached == FINISHED else self.reached  # it had ended, and has more to do now
+        self.position = self.reached  # who was ahead comes there again
+        self.last = None if last is None else replace(last, reached=self.reached)
+        if alike:
+            self.earlier.extend((steps, samples) for steps, samples in earlier)
+            return
+        self.steps, self.samples, self.pace, self.landing = 0, 0.0, 0.0, 0
+        self.last = None if self.last is None else replace(self.last, tracks=())
+
     def round(self) -> dict[str, int]:
         """The steps of this round, for its record."""
         return {"first_step": self.total + 1, "last_step": self.total + self.steps, "steps": self.steps}
@@ -126,3 +153,19 @@ class Progress:
             **self.seen,
             "stop": self.wants_stop,
         }
+
+
+def _plain(now: dict[str, Any] | None) -> dict[str, Any] | None:
+    """As JSON takes it."""
+    if now is None:
+        return None
+    return {**now, "parts": sorted(now["parts"]), "first": _plain(now["first"]), "last": _plain(now["last"])}
+
+
+def _now(kept: dict[str, Any] | None) -> Now | None:
+    """From JSON, which knows neither tuples nor sets."""
+    if kept is None:
+        return None
+    inner = {name: _now(kept[name]) for name in ("first", "last")}
+    tracks = tuple(tuple(track) for track in kept["tracks"])
+    return Now(**{**kept, **inner, "tracks": tracks, "parts": frozenset(kept["parts"])})

@@ -24,7 +24,7 @@ from hvd_localsgd.core.header import exchange, row
 from hvd_localsgd.core.progress import BEGIN, FINISHED
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.settings import Settings
-from hvd_localsgd.errors import RankFailed, listed
+from hvd_localsgd.errors import RankFailed, RanksDiffer, listed
 
 LESS = " Lower the learning rate, or clip the gradients (clipnorm=)."
 
@@ -43,6 +43,8 @@ class Decision:
         goes_on: others have finite ones.
         reached: the position to which every rank has come.
         staleness: asynchronously, syncs of others since this rank last read the average.
+        asked: some rank has been asked to end.
+        written: every rank's file of the last checkpoint is on the disk.
     """
 
     now: Now
@@ -54,6 +56,8 @@ class Decision:
     reached: float
     staleness: int = 0
     goes_on: bool = True
+    asked: bool = False
+    written: bool = False
 
 
 def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> Decision:
@@ -80,6 +84,8 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
         unfinite=tuple(int(rank) for rank in np.flatnonzero(~table["finite"])),
         reached=float(table["position"].min()),
         goes_on=bool(table["finite"].any()),
+        asked=bool(table["asked"].any()),
+        written=bool(table["written"].all()),
     )
 
 
@@ -361,12 +367,25 @@ def agree(communicator: Any, own: np.ndarray, description: str) -> np.ndarray:
 
     Raises:
         RankFailed: on all ranks, if some begin to train and others do not.
-        RanksDiffer: on all ranks, with the first difference between their descriptions.
+        RanksDiffer: on all ranks, with the first difference between their descriptions, or where they go on from different steps.
     """
     table = exchange(communicator, own)
     check_same_place(communicator, table, beginning=True)
     check(communicator, table["model"], description)
+    steps = sorted(set(table["brought"].tolist()) - {0})
+    if len(steps) > 1:  # a rank that brings none takes what rank 0 has
+        names = communicator.hosts
+        who = (f"{where(np.flatnonzero(table['brought'] == each).tolist(), names)}: {each}" for each in steps)
+        raise RanksDiffer(
+            f"Ranks go on from different local steps, as their optimizers have it from files: {'; '.join(who)}. Load the same checkpoint on "
+            "every rank, or one on rank 0 alone, which all others then get."
+        )
     return table
+
+
+def as_far(table: np.ndarray) -> bool:
+    """Whether all ranks' optimizers have taken the same number of steps, so that each may go on with its own state."""
+    return bool(table["total"][0]) and bool((table["total"] == table["total"][0]).all())
 
 
 def check_same_place(communicator: Any, table: np.ndarray, beginning: bool) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from hvd_localsgd.core import huge_pages, layout
 from hvd_localsgd.core.layout import Array, Block, Chunk
 from hvd_localsgd.core.schedules import Now
+from hvd_localsgd.core.state import State
 
 _SMALL_CHUNK = 2 << 20
 _LARGE_CHUNK = 32 << 20
@@ -53,6 +54,12 @@ class Reducer(Protocol):
     def error(self) -> float:
         """What this sync has lost of this rank's change, |e| / |change|."""
 
+    def state(self) -> State:
+        """What this rank keeps from sync to sync, by block: chunks are of another size another time."""
+
+    def load(self, state: State) -> None:
+        """The inverse, once started."""
+
     def free(self) -> None:
         """All ranks have finished (collective)."""
 
@@ -83,6 +90,13 @@ class Library:
     def bytes(self, chunk: Chunk) -> int:
         """All of it."""
         return chunk.elements * chunk.dtype.itemsize
+
+    def state(self) -> State:
+        """Nothing is kept."""
+        return {}
+
+    def load(self, state: State) -> None:
+        """Nothing was kept."""
 
     def free(self) -> None:
         """Nothing was kept."""
@@ -158,6 +172,13 @@ class OneSided:
         """There and back."""
         return 2 * chunk.elements * chunk.dtype.itemsize
 
+    def state(self) -> State:
+        """No rank can speak for the average: others add to it at any time."""
+        return {}
+
+    def load(self, state: State) -> None:
+        """Nothing was kept."""
+
     def free(self) -> None:
         """The shared memory."""
         for vector in self._shared.values():
@@ -192,6 +213,20 @@ def fastest(communicator: Any, payload: int) -> Library:
         _fastest[communicator] = communicator.generation, type(found), found.chunk_bytes or _SMALL_CHUNK
     _, kind, chunk_bytes = _fastest[communicator]
     return kind(communicator, chunk_bytes)
+
+
+def chosen(communicator: Any) -> list[Any] | None:
+    """What was measured: kind and chunk size (bytes), as JSON takes them; None: nothing was."""
+    _, kind, chunk_bytes = _fastest.get(communicator, (0, None, 0))
+    return None if kind is None else [kind.__name__, chunk_bytes]
+
+
+def prefer(communicator: Any, chosen: Sequence[Any] | None) -> None:
+    """What ``chosen`` once said: with three ranks and more another kind, or another chunk size of a ring, gives other bits."""
+    if chosen is not None:
+        name, chunk_bytes = chosen
+        kind = {each.__name__: each for each in (Library, Ring)}[name]
+        _fastest[communicator] = communicator.generation, kind, int(chunk_bytes)
 
 
 def _measure(communicator: Any, payload: int) -> Library:

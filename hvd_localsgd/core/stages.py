@@ -9,6 +9,7 @@ import numpy as np
 
 from hvd_localsgd.core.layout import Array, Block, Chunk, Stretch
 from hvd_localsgd.core.schedules import Now
+from hvd_localsgd.core.state import State, numbered, put_back
 
 DRIFT_SAMPLE = 1 << 18  # elements; the drift of larger models is estimated from the beginning of every chunk
 
@@ -18,9 +19,11 @@ class Stage:
 
     Attributes:
         part: of a round's time, what its ``close`` is counted as.
+        own: whether what it keeps is this rank's, and not the same on all.
     """
 
     part = "unpack"
+    own = False
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """Training begins with these values."""
@@ -38,6 +41,13 @@ class Stage:
 
     def close(self, arrays: Sequence[Array], averaged: Sequence[Stretch]) -> None:
         """All chunks have come back, and are in the arrays: there ``averaged`` is what was averaged, the rest is not."""
+
+    def state(self) -> State:
+        """What it keeps from sync to sync: no copies."""
+        return {}
+
+    def load(self, state: State) -> None:
+        """The inverse, once started."""
 
 
 class Progress(Stage):
@@ -89,6 +99,14 @@ class PooledVariance(Stage):
         self._add(arrays, -1)
         if self._all_have_it:
             self.start((), arrays)
+
+    def state(self) -> State:
+        """m_0."""
+        return numbered("mean", self._means)
+
+    def load(self, state: State) -> None:
+        """The inverse."""
+        put_back("mean", state, self._means)
 
     def _add(self, arrays: Sequence[Array], sign: int) -> None:
         for ((block, start, stop), (other, first, last)), mean in zip(self._pairs, self._means, strict=True):

@@ -18,10 +18,13 @@ import numpy as np
 
 from hvd_localsgd.core.layout import Array, Block, Chunk, Stretch
 from hvd_localsgd.core.stages import Place, Stage
+from hvd_localsgd.core.state import State, numbered, put_back
 
 
 class Variates(Stage):
     """Sees x_k as it goes out, and x_bar as it comes back; of weights, not of statistics. Extra memory: two copies of the weights."""
+
+    own = True
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """Nothing is known of the ranks' gradients: a training begins as Local SGD."""
@@ -51,6 +54,15 @@ class Variates(Stage):
             if self._corrections[index].size:
                 self._corrections[index][start:stop] += self._sent[index][start:stop] / self._rates
         self._rates = 0.0
+
+    def state(self) -> State:
+        """The corrections, and the rates since the last sync."""
+        return numbered("correction", self._corrections) | {"rates": np.array(self._rates)}
+
+    def load(self, state: State) -> None:
+        """The inverse; whoever holds a correction sees it."""
+        put_back("correction", state, self._corrections)
+        self._rates = float(state["rates"])
 
     def correction(self, place: Place) -> np.ndarray:
         """Of the weights that lie there: a view, which changes at each sync."""

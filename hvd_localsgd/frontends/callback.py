@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from keras.callbacks import Callback, ProgbarLogger
 from hvd_localsgd import assemble, devices
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
 from hvd_localsgd.backends.tensorflow.variables import finish_device_work
-from hvd_localsgd.core import settings
+from hvd_localsgd.core import failures, settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.keeper import Keeper
 from hvd_localsgd.core.schedules import Schedule
 from hvd_localsgd.core.selection import means_and_variances
 from hvd_localsgd.core.timing import Recorded, Timings
@@ -57,6 +58,7 @@ class LocalSGDCallback(Recorded, Callback):
     """
 
     _engine: LocalSGD  # made when training begins
+    keeper: Keeper | None = None  # of checkpoints
     _memory: TensorFlowMemory | None = None
     _counted_for: Any = None
 
@@ -100,9 +102,13 @@ class LocalSGDCallback(Recorded, Callback):
         for optimizer in keras_state.optimizers(model):
             _check_not_wrapped(optimizer)
         self._look_at_the_other_callbacks()
-        _build(model, self.settings.optimizer_state)
+        build(model, self.settings.optimizer_state)
         self._input = InputProbe(model)
-        self._epochs_begun, self._generation = 0, 0
+        self._epochs_begun, self._begun = 0, False
+        self._goes_on: dict[str, Any] = {}  # from a checkpoint, where the first epoch does
+        self._logs_before: dict[str, Any] = {}
+        self.keeper = None
+        self._generation = 0
         self._apart = epoch_logs.Apart()
         self._training = True
 
@@ -131,11 +137,16 @@ class LocalSGDCallback(Recorded, Callback):
         seeds = {id(v) for v in model.variables if "seed_generator_state" in v.path}
         start = {id(v): v for v in (*model.variables, *(v for each in optimizers for v in each.variables))}
         reset = keras_state.State(*(each for each in optimizers if keras_state.resets(self.settings, each))).reset
-        self._memory.prepare([v for v in start.values() if id(v) not in seeds], reset, restart=state.reset)
+        self._memory.prepare(
+            [v for v in start.values() if id(v) not in seeds], reset, own=self._own(state, every), restart=state.reset
+        )
         facts = {"front end": type(self).__name__, "first epoch": str(epoch)}
-        context = Context(facts, [*keras_state.describe_layers(model), *map(keras_state.describe, optimizers)])
+        parts = [*keras_state.describe_layers(model), *map(keras_state.describe, optimizers)]
+        steps = self._steps_before()
+        brought = 0 if steps is None else keras_state.brought(model.optimizer, steps)
         self._tell()
-        self._engine.begin(self._steps_before(), context)
+        self._engine.keeper = self.keeper or Keeper()
+        self._engine.begin(steps, Context(facts, parts, brought))
         keras_state.finalize(model)
         self._warn_about_steps_per_execution()
         if devices.rank() == 0:
@@ -144,6 +155,11 @@ class LocalSGDCallback(Recorded, Callback):
     def _averaged(self) -> list[Any]:
         averages = [v for each in keras_state.optimizers(self.model) for v in keras_state.moving_averages(each)]
         return [*keras_state.selected(self.settings, keras_state.of_model(self.model)), *averages]
+
+    def _own(self, state: keras_state.State, averaged: Collection[int]) -> list[Any]:
+        """Optimizer state that each rank keeps for itself."""
+        keeps = self.settings.optimizer_state != "reset"
+        return [v for v in state.variables if keeps and id(v) not in averaged]
 
     def _steps_before(self) -> int | None:
         """Steps in an earlier life, which the optimizer of a model from a file knows; None: the engine has counted."""
@@ -164,21 +180,23 @@ class LocalSGDCallback(Recorded, Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Two positions per epoch: 2e + 1 when its steps are done, 2e + 2 when its logs are averaged."""
-        self._batches = 0
-        self._epoch = epoch
-        if self._epochs_begun == 0:
-            self._loss = math.nan
+        self._epoch, self._position = epoch, 2.0 * self._epochs_begun
+        self._batches = self._goes_on.get("batches", 0)
+        if not self._begun:
+            self._begun, self._loss = True, self._goes_on.get("loss", math.nan)
             self._begin(epoch)
         elif self._generation != self._engine.communicator.generation:
             frames.forget_number_of_batches()  # a Dataset is dealt out anew among those that are left
         self._generation = self._engine.communicator.generation
-        self._position = 2.0 * self._epochs_begun
+        self._take_checkpoint()
         self._epochs_begun += 1
         self._steps_done = False
         # What each batch asks for is kept at hand: between steps nothing of ours is in the processor's caches.
         self._planned, self._several = self.params.get("steps") or sys.maxsize, self.model.steps_per_execution
         self._counts_batches = self._planned < sys.maxsize or self._several == 1 or self.model.optimizer is None
-        self._updates_before = 0 if self._counts_batches else self._updates_done()
+        self._updates_before = 0 if self._counts_batches else self._goes_on.get("updates", self._updates_done())
+        self._over, self._logs_before = self._goes_on.get("over", False), {}
+        self._goes_on = {}
         self._by_samples, self._watches_loss = self.settings.weighting == "samples", "loss" in self.settings.needs
         self._train_samples = self._validation_samples = 0.0
         self._timings.begin_epoch()
@@ -234,12 +252,15 @@ class LocalSGDCallback(Recorded, Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Callbacks see the averaged model and the averaged logs, the same on all ranks."""
         self._finish_training_steps()
+        if logs is not None:
+            logs.update(self._logs_before | logs)
         own = {
             key: numbers for key, value in (logs or {}).items() if (numbers := epoch_logs.numbers(value)) is not None
         }
         message = json.dumps(
             {"logs": own, "samples": self._train_samples, "validation_samples": self._validation_samples}
         )
+        self._engine.keeper.waits = True  # until this epoch is over for the other callbacks too
         messages = self._synchronise(lambda: self._engine.meet(self._position + 2, message.encode()))
         if logs is not None:
             entries, sums = [json.loads(entry) for entry in messages if entry], self._timings.epoch
@@ -252,13 +273,42 @@ class LocalSGDCallback(Recorded, Callback):
         """All ranks end together, with the same weights; rank 0 prints the table."""
         self._training = False
         self._input.remove()
-        if not self._epochs_begun:
+        if not self._begun:
             return
         if self.model.stop_training:
             self._engine.request_stop()
         self._engine.finish()
         if devices.rank() == 0 and self.params.get("verbose"):
             print_table(self.totals, f"Local SGD, {self.settings.schedule}, {len(self.totals)} ranks")
+
+    # Checkpoints.
+
+    def where(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback, as JSON takes it."""
+        updates = self._updates_before if self._batches else self._updates_done()
+        stop = self.model.stop_training or self._engine.progress.stopping
+        return {
+            "epoch": self._epoch,
+            "batches": self._batches,
+            "position": self._position,
+            "updates": updates,
+            "over": self._batches > 0 and (self._steps_done or stop),
+            "stop": stop,
+            "loss": self._loss,
+            "apart": vars(self._apart),
+        }
+
+    def go_on(self, where: dict[str, Any]) -> None:
+        """The inverse, before the first epoch."""
+        self._goes_on, self._epochs_begun = where, int(where["position"]) // 2
+        vars(self._apart).update(where["apart"])
+
+    def _take_checkpoint(self) -> None:
+        keeper = self._engine.keeper
+        if keeper.due:
+            with failures.together(self._engine):
+                keeper.take(between_steps=True)
+        keeper.waits = False
 
     # Sync, and what surrounds it.
 
@@ -295,6 +345,8 @@ class LocalSGDCallback(Recorded, Callback):
             self._check_still_the_same()
             self._timings.lap("input")
             self._train_samples = self._samples()
+            if self._over:  # Keras has seen no batch of this epoch, and validation sets its metrics to zero
+                self._logs_before = dict(self.model.get_metrics_result())
             self._synchronise(lambda: self._engine.meet(self._position + 1))
 
     def _step_samples(self, steps: int) -> float:
@@ -343,7 +395,7 @@ class LocalSGDCallback(Recorded, Callback):
             )
 
 
-def _build(model: keras.Model, optimizer_state: Any) -> None:
+def build(model: keras.Model, optimizer_state: Any) -> None:
     """Make all weights now: Keras may leave that to the first step, too late to give all ranks the same.
 
     Built is what has its variables: a model whose ``train_step`` calls built parts needs no ``call``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
@@ -166,6 +167,27 @@ def _plain(value: Any, policy: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, policy) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+
+
+def build_metrics(model: keras.Model, batches: Any) -> None:
+    """Their variables, which Keras makes with the first batch. ``batches``: its ``epoch_iterator``, of which none is taken."""
+    dataset = getattr(batches, "_distributed_dataset", None)
+    if isinstance(dataset, tf.data.Dataset):
+        like = keras.tree.map_structure(
+            lambda spec: keras.KerasTensor(spec.shape, spec.dtype.name), dataset.element_spec
+        )
+        model._symbolic_build(data_batch=like)
+
+
+_trained_here: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def brought(optimizer: Any, steps: int) -> int:
+    """Of an optimizer that has taken ``steps``: those from before this process, which a file has brought; asked when it begins to train."""
+    innermost_one = innermost(optimizer)
+    known = innermost_one in _trained_here
+    _trained_here.add(innermost_one)
+    return 0 if known else steps
 
 
 def finalize(model: keras.Model) -> None:

@@ -21,6 +21,7 @@ from hvd_localsgd.backends.tensorflow.variables import components, floats
 from hvd_localsgd.core import settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
+from hvd_localsgd.core.keeper import Keeper
 from hvd_localsgd.core.selection import means_and_variances
 from hvd_localsgd.core.timing import Recorded, Timings
 from hvd_localsgd.frontends import as_raised, frames, keras_state
@@ -70,6 +71,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
     """
 
     _engine: LocalSGD  # made before the first step
+    keeper: Keeper | None = None  # of checkpoints
     _memory: TensorFlowMemory
     _state: keras_state.State
     _model: Callable[[], keras.Model | None]  # the one that was compiled with this, where that is known
@@ -298,15 +300,19 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         model = self._model()
         # Traced graphs have the tensors inside that adapt has made: they must be the same, to broadcast them is not enough.
         layers = [] if model is None else keras_state.describe_layers(model, adapted=True)
-        context = Context({"front end": type(self).__name__}, [*layers, keras_state.describe(self.inner_optimizer)])
+        parts = [*layers, keras_state.describe(self.inner_optimizer)]
+        steps = self._updates()  # more than zero after loading from a file
+        context = Context({"front end": type(self).__name__}, parts, keras_state.brought(self, steps))
         self._tell()
-        moved = self._engine.begin(self._updates(), context)  # more than zero after loading from a file
+        self._engine.keeper = self.keeper or Keeper()
+        moved = self._engine.begin(steps, context)
         self._in_training, self._take_back = True, None
         if self._variates is not None:
             _assign(self._rates, 0.0)
             self._put_corrections()
-        if self._engine.progress.total != self._updates():  # rank 0 has taken other steps
-            _assign(self._steps, self._engine.progress.total * self._steps_per_update)
+        taken = self._engine.progress.total + self._engine.progress.steps
+        if taken != self._updates():  # rank 0 has taken others
+            _assign(self._steps, taken * self._steps_per_update)
         self._counted = self._samples_so_far()
         self._set_next_sync()
         if devices.rank() == 0:
@@ -348,7 +354,8 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
             if self._variates is not None:
                 sent, pairs = set(map(id, averaged)), zip(self._trainable_variables, self._corrections, strict=True)
                 self._places = [(self._memory.place(v), correction) for v, correction in pairs if id(v) in sent]
-        self._memory.prepare(self._start(), self._settle, self._statistics, self._state.reset)
+        own = [] if self._resets else [v for v in self._state.variables if id(v) not in every]
+        self._memory.prepare(self._start(), self._settle, self._statistics, self._state.reset, own)
 
     @property
     def _resets(self) -> bool:
@@ -358,12 +365,18 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         """The end of training: wait for the slowest rank, average once more, print the table on rank 0."""
         if self._in_training:
             self._take_steps()
+            self._engine.keeper.waits = False  # no step is under way
             self._engine.finish()
             self._in_training = False
             self._set_next_sync(-1)  # the next step, whenever it comes, begins
             if devices.rank() == 0:
                 print_table(self.totals, f"Local SGD, {self.settings.schedule}, {len(self.totals)} ranks")
         self.inner_optimizer.finalize_variable_values(var_list)
+
+    def go_on(self, where: dict[str, Any]) -> None:
+        """A checkpoint has been loaded: the next step begins a training, from there."""
+        self._in_training = False
+        self._set_next_sync(-1)
 
     def _updates(self) -> int:
         return int(components(self._steps)[0].numpy()) // self._steps_per_update

@@ -91,6 +91,7 @@ class TensorFlowMemory:
         reset_state: Callable[[], None],
         statistics: Sequence[Any] = (),
         restart: Callable[[], None] = lambda: None,
+        own: Sequence[Any] = (),
     ) -> None:
         """For a training that is about to begin.
 
@@ -99,7 +100,9 @@ class TensorFlowMemory:
             reset_state: what ``optimizer_state="reset"`` does.
             restart: makes this rank's optimizer start anew.
             statistics: what a rank gets from rank 0 only if other values changed: its first step has updated them already.
+            own: of ``start``, what ranks that are equally far keep: an optimizer's state that is not averaged.
         """
+        self._own = set(map(id, own))
         self._start, self._reset_state, self._statistics = list(start), reset_state, list(statistics)
         self.restart = restart
 
@@ -155,11 +158,13 @@ class TensorFlowMemory:
         """Of what is averaged, then of what all ranks start with."""
         return [describe(variable) for variable in [*self.variables, *self._start, *self._statistics]]
 
-    def broadcast(self, communicator: Any) -> bool:
+    def broadcast(self, communicator: Any, as_far: bool = False) -> bool:
         """One variable at a time; or, if a rank may die meanwhile, all or none."""
         averaged, moved = set(map(id, self.variables)), False
         received: list[tuple[Any, np.ndarray]] = []
         for number, variable in enumerate([*self._start, *self._statistics]):
+            if as_far and id(variable) in self._own:
+                continue
             parts = components(variable)
             own = np.asarray(parts[0].read_value()._numpy()).reshape(-1)  # on a CPU its memory, to be read only
             value = agreement.from_rank_0(own, communicator)

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvd_localsgd.backends.tensorflow.variables import read, write
 from hvd_localsgd.core.layout import Array, Block, Stretch
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.stages import Stage
+from hvd_localsgd.core.state import State, numbered
 
 
 class KerasOuterStep(Stage):
@@ -49,3 +51,15 @@ class KerasOuterStep(Stage):
         self._optimizer.apply_gradients(list(zip(deltas, self._old, strict=True)))
         for index, old in zip(self._weights, self._old, strict=True):
             arrays[index][:] = old.numpy()
+
+    def state(self) -> State:
+        """x_old and the optimizer's variables."""
+        return numbered("variable", [read(variable) for variable in self._kept()])
+
+    def load(self, state: State) -> None:
+        """The inverse."""
+        for number, variable in enumerate(self._kept()):
+            write(variable, state[f"variable/{number}"])
+
+    def _kept(self) -> list[Any]:
+        return [*(self._old or []), *self._optimizer.variables]

@@ -33,6 +33,18 @@ def describe(variable: Any) -> list[Any]:
     return [name, list(variable.shape), tf.as_dtype(variable.dtype).name]
 
 
+def read(variable: Any) -> np.ndarray:
+    """Its value, of any dtype; of a strategy's replicas the first's."""
+    return np.asarray(components(variable)[0].numpy())
+
+
+def write(variable: Any, value: np.ndarray) -> None:
+    """Into all replicas. ``value``: as ``read`` gave it; from a file bfloat16 and the like come as bytes of no known dtype."""
+    for part in components(variable):
+        dtype = part.dtype.base_dtype.as_numpy_dtype
+        part.assign(value.view(dtype) if value.dtype.kind == "V" else value)
+
+
 def finish_device_work() -> None:
     """Wait until GPUs have done what they were given, so that the time that follows is counted to the next part."""
     if tf.config.list_logical_devices("GPU"):

@@ -1,0 +1,109 @@
+"""Jobs that die, or are asked to end, and go on: real ranks, real signals."""
+
+import json
+import os
+import re
+import sys
+import time
+
+import pytest
+
+from . import launched
+from .test_slurm import pytestmark as needs_slurm
+
+PROGRAM = "tests/programs/resumed_program.py"
+
+
+def run(ranks, *arguments, timeout=120, **environment):
+    return launched.mpirun(ranks, PROGRAM, *map(str, arguments), timeout=timeout, environment=environment)
+
+
+def holds(result):
+    """What the ranks say that they hold."""
+    assert result.status == 0, result.output
+    return sorted(re.findall(r"rank \d holds .*", result.output))
+
+
+def test_a_loop_that_is_killed_goes_on_to_the_same_bits(tmp_path):
+    expected = holds(run(2, "averager", tmp_path / "whole"))
+    assert len(expected) == 2
+    killed = run(2, "averager", tmp_path / "killed", "kill=25")
+    assert killed.status == 137, killed.output
+    result = run(2, "averager", tmp_path / "killed")
+    assert "goes on from round" in result.output, result.output
+    assert holds(result) == expected
+
+
+@pytest.mark.parametrize(("signal", "status"), [("by=term", 75), ("by=usr1", 3)])
+def test_a_signal_on_one_rank_ends_all_with_a_status(signal, status, tmp_path):
+    result = run(2, "averager", tmp_path, "signal=20", signal, f"status={status}")
+    assert result.status == status, result.output
+    assert re.search(r"rank 1 on \S+ is asked to end: SIG(TERM|USR1)", result.output), result.output
+    assert result.output.count("all ranks end with exit status") == 1, result.output
+    assert "holds" not in result.output
+    pointer = json.loads((tmp_path / "latest").read_text())
+    assert (tmp_path / f"round-{pointer['round']:08d}" / "manifest.json").exists()
+
+
+def test_fit_with_the_optimizer_is_killed_and_other_ranks_go_on(tmp_path):
+    """The callback's, and the same bits, are in tests/collective/test_checkpoints.py: here a process of its own each time."""
+    killed = run(2, "optimizer", tmp_path, "kill=17")
+    assert killed.status == 137, killed.output
+    result = run(1, "optimizer", tmp_path)
+    assert result.status == 0, result.output
+    assert "which 2 ranks have written; not taken over: which samples of the epoch were seen" in result.output
+
+
+def test_time_runs_out(tmp_path):
+    result = run(2, "averager", tmp_path, "pause=100", "steps=1000", "minutes=0.1", timeout=60)
+    assert result.status == 75, result.output
+    assert re.search(r"is asked to end: the time limit", result.output), result.output
+
+
+def test_a_few_random_kills(tmp_path):
+    """All 50, and of ``fit``: python benchmarks/resume_kills.py."""
+    line = [sys.executable, "benchmarks/resume_kills.py", "--kills", "3", "--front", "averager", "--longest", "1"]
+    result = launched.start([*line, "--output", str(tmp_path / "kills.json"), "pause=10", "wide=200000"], 120)
+    assert result.status == 0, result.output
+    kills = json.loads((tmp_path / "kills.json").read_text())
+    assert kills["kills"] == 3
+    assert kills["jobs that ended in the same bits"] == kills["jobs"] >= 1
+
+
+JOB = """#!/bin/bash
+#SBATCH --job-name=requeued --ntasks=2 --requeue --open-mode=append --output={folder}/out --signal=USR1@60 --time=10
+srun --mpi=pmix {python} {program} averager {folder}/checkpoints pause=150 steps=120
+status=$?
+echo "life $SLURM_RESTART_COUNT ended with $status"
+if [ $status -eq 75 ]; then scontrol requeue $SLURM_JOB_ID; sleep 30; fi
+exit $status
+"""
+
+COMMANDS = """
+id=$(sbatch --parsable {folder}/job)
+for i in $(seq 100); do [ -e {folder}/checkpoints.begun ] && break; sleep 0.2; done
+scancel --signal=USR1 $id
+for i in $(seq 300); do
+  state=$(scontrol show job $id | grep -o 'JobState=[A-Z]*')
+  case $state in
+    *COMPLETED) exit 0;;
+    *PENDING) grep -q ended {folder}/out && scontrol update JobId=$id StartTime=now 2>/dev/null; scontrol release $id 2>/dev/null || true;;
+  esac
+  sleep 0.5
+done
+exit 2
+"""
+
+
+@needs_slurm
+def test_sbatch_requeues_a_job_that_was_asked_to_end(tmp_path):
+    os.chmod(tmp_path, 0o755)
+    (tmp_path / "job").write_text(JOB.format(folder=tmp_path, python=sys.executable, program=launched.ROOT / PROGRAM))
+    began = time.time()
+    result = launched.start(["tests/slurm_cluster", "bash", "-c", COMMANDS.format(folder=tmp_path)], 240)
+    output = result.output + (tmp_path / "out").read_text()
+    assert result.status == 0, (time.time() - began, output)
+    assert "ended with 75" in output, output
+    assert "life 1 ended with 0" in output, output
+    assert "goes on from round" in output, output
+    assert len(re.findall(r"rank \d holds", output)) == 2, output
