@@ -12,6 +12,7 @@ import numpy as np
 from hvd_localsgd.backends import native
 from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.core import compression, guards, protocol, reducers, stages
+from hvd_localsgd.core.averages import Averages
 from hvd_localsgd.core.compression import Encoded
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.groups import Grouped
@@ -140,7 +141,8 @@ def engine(
     survivors = Survivors(communicator, settings.on_failure == "continue")
     kind = Overlapped if settings.overlap else Pipeline
     pipeline = kind(memory, choose, outer, more, timings, survivors, settings.fragments)
-    return LocalSGD(settings, communicator, coordination, pipeline, timings, survivors, finish_at_exit)
+    averages = Averages(settings, coordination, pipeline, timings, survivors)
+    return LocalSGD(settings, communicator, coordination, averages, finish_at_exit)
 
 
 # Made once: MPI has room for some thousands. Averages go one after another, so that several models can use the same.

@@ -1,39 +1,42 @@
-"""One model's averages: each is sent, lands, and is refused if it is not finite."""
+"""One model's averages: each is decided on, sent, lands, and is refused if it is not finite."""
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from hvd_localsgd.core.audit import audit
+from hvd_localsgd.core.header import row
 from hvd_localsgd.core.pipeline import Outcome, Pipeline
 from hvd_localsgd.core.progress import Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.state import State
+from hvd_localsgd.core.survivors import Survivors
 from hvd_localsgd.core.timing import Timings
 from hvd_localsgd.errors import RankDied
 
 
 class Averages:
-    """Between the engine, which decides, and the pipeline, which moves numbers.
+    """Between the engine, which counts steps, and the pipeline, which moves numbers.
 
     Args:
-        pipeline: makes them.
-        coordination: how ranks hear of one that is not finite.
-        progress: of the engine.
-        timings: where the seconds go.
         settings: what the user chose.
+        coordination: how ranks come to a decision.
+        pipeline: makes them.
+        timings: where the seconds go.
+        survivors: what happens if a rank dies.
     """
 
     def __init__(
-        self, pipeline: Pipeline, coordination: Coordination, progress: Progress, timings: Timings, settings: Settings
+        self, settings: Settings, coordination: Coordination, pipeline: Pipeline, timings: Timings, survivors: Survivors
     ) -> None:
-        self.memory, self.survivors = pipeline.memory, pipeline.survivors
-        self._pipeline, self._coordination = pipeline, coordination
-        self._progress, self._timings = progress, timings
+        self.memory, self.progress, self.timings, self.survivors = pipeline.memory, Progress(), timings, survivors
+        self._settings, self._coordination, self._pipeline = settings, coordination, pipeline
         self._overlap, self._wants_norm = settings.overlap, settings.guard is not None
         self._raises, self._restarts = settings.on_nonfinite == "raise", settings.on_nonfinite == "rollback"
 
@@ -44,16 +47,35 @@ class Averages:
         self._failed: Decision | None = None  # what arrived and is not finite
         self._outcome = Outcome()  # of the round so far
 
-    def look(self) -> dict[str, float]:
-        """What the header says of this rank's values: whether they are finite, and how far they have moved if a guard wants to know."""
+    def make(self, who: Mapping[str, Any], due: bool) -> Decision:
+        """Header, decision, and if it was decided an average, which with overlap is only begun (collective).
+
+        Args:
+            who: what the header says of this rank besides.
+            due: whether its round ends here.
+        """
+        progress, timings = self.progress, self.timings
+        if timings.rounds:  # the first round traces and compiles
+            progress.measure(timings.parts["compute"] + timings.parts["input"])
+        decision = self._coordination.decide(row(**who, due=due, **self._look(), **progress.fields()), progress.last)
+        timings.lap("wait")
+        self._refuse_what_failed()  # the average before this one: now all ranks are here to hear of it
+        progress.stopping = decision.stop
+        if decision.average:
+            self._send(decision)
+        else:
+            self.survivors.agree()
+        return decision
+
+    def _look(self) -> dict[str, float]:
+        """At this rank's values: whether they are finite, and how far they have moved if a guard wants to know."""
         norm = self._pipeline.norm() if self._wants_norm else 0.0
         if self._raises:
             return {"finite": self.memory.is_finite(), "norm": norm}
         self._unfinite = self._pipeline.find_unfinite()
         return {"finite": not self._unfinite, "norm": norm}
 
-    def make(self, decision: Decision) -> None:
-        """The average that was decided on; with overlap it may only be begun."""
+    def _send(self, decision: Decision) -> None:
         place = self._coordination.place
         if decision.unfinite and (self._raises or not decision.goes_on):
             self._coordination.refuse(decision)
@@ -61,17 +83,17 @@ class Averages:
             self.survivors.agree()
             return
         weight, blank = float(decision.weights[place]), place in decision.unfinite
-        all_are_here = decision.reached > self._progress.reached  # and go on with the average
+        all_are_here = decision.reached > self.progress.reached  # and go on with the average
         waits = all_are_here or bool(decision.unfinite) or not self._overlap
         self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now, waits, blank)
-        self._sent, self._progress.landing = decision, self._overlap
+        self._sent, self.progress.landing = decision, self._overlap
         if waits:
-            self.land()
-            self.refuse_what_failed()
+            self._take()
+            self._refuse_what_failed()
         if blank:
             self._start_again(decision.now.step)
-        parts = self._timings.parts
-        self._progress.measure_sync(sum(parts[part] for part in ("pack", "communicate", "unpack", "outer")))
+        parts = self.timings.parts
+        self.progress.measure_sync(sum(parts[part] for part in ("pack", "communicate", "unpack", "outer")))
 
     def _start_again(self, step: int) -> None:
         """This rank has taken the others' average."""
@@ -89,34 +111,32 @@ class Averages:
         self._pipeline.survived()
 
     def land(self) -> None:
-        """What was sent, if anything was, is here, or is waited for.
+        """What was sent, if anything was, is here, or is waited for."""
+        try:
+            self._take()
+        except RankDied as death:  # it will not come, and the steps of its round are still to be averaged
+            self._sent = None
+            self.progress.take_back()
+            self.survivors.recover(death)
 
-        Raises:
-            RankDied: it will not come: the round that has sent it goes on.
-        """
+    def _take(self) -> None:
         if (sent := self._sent) is None:
             return
-        try:
-            landed = self._pipeline.land()
-        except RankDied:
-            self._sent = None
-            self._progress.take_back()
-            raise
+        landed = self._pipeline.land()
         self._outcome = self._outcome.and_then(landed)
-        self._sent, self._progress.landing = None, 0
+        self._sent, self.progress.landing = None, 0
         if math.isfinite(landed.drift):
             self.memory.settle(sent.now.world)
-            self._timings.lap("outer")
+            self.timings.lap("outer")
         else:
             self._failed = sent
 
-    def refuse_what_failed(self) -> None:
-        """Where all ranks are here to hear of it."""
+    def _refuse_what_failed(self) -> None:
         if self._failed is not None:
             self._coordination.refuse_average(self._failed, self._pipeline.unfinite)
 
-    def audit(self, decision: Decision) -> None:
-        """Whether all ranks hold the same now (collective); what is on its way is not looked at."""
+    def _audit(self, decision: Decision) -> None:
+        """Whether all ranks hold the same now; what is on its way is not looked at."""
         if self._sent is None:
             averaged, communicator = self._pipeline.averaged(decision.now), self._coordination.communicator
             audit(communicator, self.memory, averaged, decision.now.step)
@@ -135,12 +155,27 @@ class Averages:
         """The inverse, once started."""
         self._pipeline.load(state)
 
-    def end_round(self, who: Any, interval: int, staleness: int = 0) -> None:
-        """A record of the round, and of the averages that landed in it."""
-        outcome, self._outcome = replace(self._outcome, staleness=staleness), Outcome()
-        facts = {"interval": interval, **self._progress.round(), **asdict(outcome)}
-        self._timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
+    def end_round(self, decision: Decision) -> None:
+        """The next one begins, with what was decided."""
+        if self._settings.audits(decision.now):
+            self.survivors.repeat(lambda: self._audit(decision))
+        self._record(self.progress.interval, decision.staleness)
+        self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
+
+    def _record(self, interval: int, staleness: int = 0) -> None:
+        """Of the round, and of the averages that landed in it."""
+        who, outcome = self._coordination.communicator, replace(self._outcome, staleness=staleness)
+        facts = {"interval": interval, **self.progress.round(), **asdict(outcome)}
+        self.timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
+        self._outcome = Outcome()
 
     def finish(self) -> None:
-        """Training has ended on all ranks (collective)."""
+        """Training has ended on all ranks, which all get everybody's totals (collective)."""
         self._pipeline.finish()
+        self._record(0)
+        self.timings.totals = self.survivors.repeat(self._exchange_totals)
+
+    def _exchange_totals(self) -> list[dict[str, Any]]:
+        entries = self._coordination.communicator.gather(json.dumps(self.timings.sums()).encode())
+        self.survivors.agree()
+        return [json.loads(entry) for entry in entries]

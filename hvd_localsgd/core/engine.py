@@ -12,7 +12,6 @@ steps, until all ranks are as far as it is.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -23,13 +22,9 @@ from hvd_localsgd.core import agreement, failures, header, protocol
 from hvd_localsgd.core.agreement import NOTHING, Context
 from hvd_localsgd.core.averages import Averages
 from hvd_localsgd.core.keeper import Keeper
-from hvd_localsgd.core.pipeline import Pipeline
-from hvd_localsgd.core.progress import BEGIN, FINISHED, Progress
+from hvd_localsgd.core.progress import BEGIN, FINISHED
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
-from hvd_localsgd.core.survivors import Survivors
-from hvd_localsgd.core.timing import Timings
-from hvd_localsgd.errors import RankDied
 
 
 class LocalSGD:
@@ -40,19 +35,17 @@ class LocalSGD:
         settings: Settings,
         communicator: Any,
         coordination: Coordination,
-        pipeline: Pipeline,
-        timings: Timings,
-        survivors: Survivors,
+        averages: Averages,
         finish_at_exit: bool,
     ) -> None:
         self.communicator, self.finish_at_exit = communicator, finish_at_exit  # for failures
         communicator.seen = header.seen
         self.number, self.count_pending = failures.number(communicator), lambda: None
-        self.thread, self.goes_on = threading.get_ident(), survivors.go_on
-        self.progress = Progress()  # for front ends, to be read
+        self.thread, self.goes_on = threading.get_ident(), averages.survivors.go_on
+        self.progress = averages.progress  # for front ends, to be read
         self.keeper = Keeper()  # of checkpoints; a front end has another
-        self._settings, self._coordination, self._timings, self._survivors = settings, coordination, timings, survivors
-        self._averages = Averages(pipeline, coordination, self.progress, timings, settings)
+        self._settings, self._coordination, self._averages = settings, coordination, averages
+        self._timings, self._survivors = averages.timings, averages.survivors
 
     def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
         """The same start everywhere: all ranks agree on what will be sent, then get rank 0's values.
@@ -61,24 +54,14 @@ class LocalSGD:
         rank 0's counts. ``context``: what must be the same besides settings and variables. Raises, on every rank, ValueError
         naming the first difference; RankFailed if another is in the middle of training.
         """
-        memory = self._averages.memory
-        description = agreement.describe(self._settings, memory.description(), context)
-        self._model = agreement.fingerprint(description)
-        own = header.row(engine=self.number, model=self._model, position=BEGIN, finite=True, **self.progress.seen)
+        description = agreement.describe(self._settings, self._averages.memory.description(), context)
+        self._who = {"engine": self.number, "model": agreement.fingerprint(description)}
+        own = header.row(**self._who, position=BEGIN, finite=True, **self.progress.seen)
         own["total"] = self.progress.total if total is None else total
         own["brought"] = 0 if self.keeper.found else context.brought
-
-        def start() -> tuple[np.ndarray, bool]:
-            table = protocol.agree(self.communicator, own, description)
-            moved = not self.keeper.found and memory.broadcast(self.communicator, protocol.as_far(table))
-            self._averages.start()
-            self._coordination.start()
-            self._survivors.agree()
-            return table, moved
-
         failures.begin(self)
         with failures.together(self):
-            table, moved = self._survivors.repeat(start)
+            table, moved = self._survivors.repeat(lambda: self._start(own, description))
         table["total"] = table["total"][0]
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
         self.progress.begin(decision.now, int(decision.intervals[0]), self._settings.syncs_per_average)
@@ -97,7 +80,7 @@ class LocalSGD:
         if self.progress.steps >= self.progress.interval:
             return self.synchronise()
         with failures.together(self):
-            self._land()
+            self._averages.land()
             self.keeper.take()
         return []
 
@@ -115,14 +98,11 @@ class LocalSGD:
             RankFailed: on all ranks alike, if one of them has failed or holds weights that are not finite.
         """
         with self._coordination.together(self):
-            self._land()
+            self._averages.land()
             self.keeper.take()
-            decision = self._survivors.repeat(lambda: self._average(due))
+            decision = self._survivors.repeat(lambda: self._averages.make(self._who | self.keeper.look(), due))
             if decision.average:
-                if self._settings.audits(decision.now):
-                    self._survivors.repeat(lambda: self._averages.audit(decision))
-                self._averages.end_round(self.communicator, self.progress.interval, decision.staleness)
-                self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
+                self._averages.end_round(decision)
             messages = self._survivors.repeat(lambda: self._exchange_messages(decision, message))
             self.keeper.see(decision)
             self.keeper.take()
@@ -143,8 +123,6 @@ class LocalSGD:
             self._coordination.meet_all()
             self._timings.lap("wait")
             self._averages.finish()
-            self._averages.end_round(self.communicator, 0)
-            self._timings.totals = self._survivors.repeat(self._exchange_totals)
         failures.end(self)
 
     def tell(self, **seen: float) -> None:
@@ -161,33 +139,15 @@ class LocalSGD:
         self._averages.survived()
         self.keeper.survived()
 
-    # What surrounds the average.
+    # What all ranks do together, again if one of them dies in it.
 
-    def _land(self) -> None:
-        try:
-            self._averages.land()
-        except RankDied as death:  # the steps of its round are still to be averaged
-            self._survivors.recover(death)
-
-    def _average(self, due: bool) -> Decision:
-        decision = self._decide(due)
-        if decision.average:
-            self._averages.make(decision)
-        else:
-            self._survivors.agree()
-        return decision
-
-    def _decide(self, due: bool) -> Decision:
-        progress, timings = self.progress, self._timings
-        if timings.rounds:  # the first round traces and compiles
-            progress.measure(timings.parts["compute"] + timings.parts["input"])
-        known = {**self._averages.look(), **self.keeper.look(), **progress.fields()}
-        own = header.row(engine=self.number, model=self._model, due=due, **known)
-        decision = self._coordination.decide(own, progress.last)
-        timings.lap("wait")
-        self._averages.refuse_what_failed()  # the average before this one: now all ranks are here to hear of it
-        progress.stopping = decision.stop
-        return decision
+    def _start(self, own: np.ndarray, description: str) -> tuple[np.ndarray, bool]:
+        table = protocol.agree(self.communicator, own, description)
+        moved = not self.keeper.found and self._averages.memory.broadcast(self.communicator, protocol.as_far(table))
+        self._averages.start()
+        self._coordination.start()
+        self._survivors.agree()
+        return table, moved
 
     def _exchange_messages(self, decision: Decision, message: bytes) -> list[bytes]:
         if decision.reached <= self.progress.reached:
@@ -197,8 +157,3 @@ class LocalSGD:
         self.progress.reach(decision.reached)
         self._timings.lap("communicate")
         return messages
-
-    def _exchange_totals(self) -> list[dict[str, Any]]:
-        entries = self.communicator.gather(json.dumps(self._timings.sums()).encode())
-        self._survivors.agree()
-        return [json.loads(entry) for entry in entries]
