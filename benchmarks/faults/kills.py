@@ -34,7 +34,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"fragments": 2},
     {"guard": "outliers", "clip_change": 10.0},
 )
-LIMIT = 180  # seconds, for a job
+HANGS = 100  # seconds after which something must be wrong
+LIMIT = 180  # and nobody waits any more
 
 
 def scenario(number: int) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def attempt(case: dict[str, Any]) -> dict[str, Any]:
         output, _ = process.communicate()
     left = re.findall(r"ended as \d+ of (\d+): same=(\w+) finite=(\w+)", output)
     alive = case["ranks"] - len({kill.split(":")[0] for kill in case["kills"]})
-    good = process.returncode == 0 and left == [(str(alive), "True", "True")] * alive
+    hung = time.monotonic() - began > HANGS
+    good = not hung and process.returncode == 0 and left == [(str(alive), "True", "True")] * alive
     seconds = [float(each) for each in re.findall(r"go on after ([\d.]+) s", output)]
     return {
         **case,

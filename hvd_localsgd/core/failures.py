@@ -257,6 +257,10 @@ def _leave() -> None:
     if _process.busy:
         end_job(communicator, RuntimeError("the process ended in the middle of a sync"))
     if _all_leave(communicator):
+        if communicator.generation:  # MPI_Finalize may wait for the dead for ever (Open MPI 5.0.11)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(_status() if _process.status else 0)
         return
     status = _status()
     with contextlib.suppress(Exception):
