@@ -60,6 +60,19 @@ def test_weights_sum_to_one_or_nobody_steps_and_who_did_not_step_has_none(table,
         assert not decision.average
 
 
+@given(TABLES, SETTINGS, st.sampled_from(["skip_rank", "rollback"]))
+def test_a_rank_that_is_not_finite_is_left_out_of_a_sync_of_everything(table, settings, policy):
+    settings = dataclasses.replace(settings, on_nonfinite=policy, fragments=1)
+    decision, finite = protocol.decide(table, settings, Now(0, round=3)), table["finite"]
+    assert (decision.weights[~finite] == 0).all()
+    assert decision.goes_on == finite.any()
+    if table["recent"].any() and finite.any():
+        assert decision.weights.sum() == pytest.approx(1, abs=1e-9)
+    if not finite.all():
+        fragments = dataclasses.replace(settings, interval="equal", sync_every=8, fragments=4)
+        assert protocol.decide(table, fragments, Now(0, round=3)).now.whole
+
+
 @given(TABLES, st.sampled_from(["equal", "samples"]), st.integers(0, 20), st.integers(2, 5))
 def test_groups_weigh_their_own_ranks_until_all_meet(table, weighting, rounds, every):
     settings = Settings(5, weighting=weighting, groups=Groups("node", every))

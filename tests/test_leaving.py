@@ -60,3 +60,21 @@ def test_nobody_is_named_where_all_is_well():
     assert result.status == 0, result.output
     assert "not here" not in result.output
     assert "has ended" not in result.output
+
+
+def test_a_rank_that_does_not_come_is_given_up():
+    result = run("comes late", HVD_LOCALSGD_STALL_WARNING="1", HVD_LOCALSGD_STALL_TIMEOUT="3")
+    assert result.status != 0, result.output
+    assert "reached the end" not in result.output, result.output
+    assert re.search(r"rank 0 on \S+ has waited for \d s \(stall_timeout=3\) for rank 1 on ", result.output), (
+        result.output
+    )
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1"])
+def test_patience_is_more_than_nothing(wrong):
+    code = f"import hvd_localsgd as lsgd; lsgd.init(stall_timeout={wrong})"
+    result = launched.start([launched.sys.executable, "-c", code], 60)
+    assert (
+        f"stall_warning must be seconds > 0, and stall_timeout too, or None. Received: 60.0, {wrong}" in result.output
+    )
