@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -81,6 +82,8 @@ def main() -> None:
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # what hangs says where
     signal.alarm(SECONDS + 20)  # and if it is in MPI_Finalize ends by that signal
+    if arguments.front_end == "averager":
+        sys.modules["tensorflow"] = None  # type: ignore[assignment]  # whose import takes longer than all the rest
     lsgd.init()
     communicator = devices.get()
     me = communicator.rank
