@@ -78,9 +78,7 @@ if what.startswith("raises_before_training") and odd:
 if what == "raises_before_training_unheard":
     time.sleep(60)
 units = 4 if odd and what == "shape" else 3
-sync_every = {"zero": 0, "negative": -3, "fraction": 2.5, "text": "x", "optimizer_schedule_exits": schedule}.get(
-    what, 4
-)
+sync_every = {"zero": 0, "optimizer_schedule_exits": schedule}.get(what, 4)
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(units), keras.layers.Dense(1)])
 if what in ("nan_row", "killed"):
     rows = 500 if what == "nan_row" else 500_000  # the average of so many takes a while
