@@ -1,6 +1,6 @@
 """Kill a job of all its ranks at random moments, go on until it is done, and compare the bits with a job that was never killed.
 
-    python benchmarks/resume_kills.py --kills 50 --output runs/resume_kills.json
+    python benchmarks/faults/resume_kills.py --kills 50 --output runs/resume_kills.json
 
 Each life of the job is killed by SIGKILL, all its processes at once, after a time drawn from where its training goes on, in the middle of
 writing as well: checkpoints are written at every average. A job that was killed too often goes on unharmed, and the next begins.
@@ -25,7 +25,7 @@ from typing import Any
 
 from hvd_localsgd.tools import launch
 
-PROGRAM = Path(__file__).resolve().parents[1] / "tests" / "programs" / "resumed_program.py"
+PROGRAM = Path(__file__).resolve().parents[2] / "tests" / "programs" / "resumed_program.py"
 
 
 def begin(ranks: int, arguments: list[str]) -> subprocess.Popen[str]:
