@@ -62,7 +62,16 @@ def test_time_runs_out(tmp_path):
 
 def test_a_few_random_kills(tmp_path):
     """All 50, and of ``fit``: python benchmarks/faults/resume_kills.py."""
-    line = [sys.executable, "benchmarks/faults/resume_kills.py", "--kills", "3", "--front", "averager", "--longest", "1"]
+    line = [
+        sys.executable,
+        "benchmarks/faults/resume_kills.py",
+        "--kills",
+        "3",
+        "--front",
+        "averager",
+        "--longest",
+        "1",
+    ]
     result = launched.start([*line, "--output", str(tmp_path / "kills.json"), "pause=10", "wide=200000"], 120)
     assert result.status == 0, result.output
     kills = json.loads((tmp_path / "kills.json").read_text())

@@ -108,6 +108,11 @@ def end_all() -> None:
     _process.training.clear()
 
 
+def may_die() -> bool:
+    """Whether a training of this process was to go on without ranks that die."""
+    return _process.goes_on
+
+
 def number(communicator: Any) -> int:
     """The next trainer's, of those on this communicator: the same on all its ranks, which make them in the same order."""
     counts = _process.trainers

@@ -11,6 +11,8 @@ import tensorflow as tf
 
 from hvd_localsgd import devices
 from hvd_localsgd.averager import ModelAverager
+from hvd_localsgd.core import failures
+from hvd_localsgd.core.survivors import Survivors
 from hvd_localsgd.frontends.callback import LocalSGDCallback, check_is_keras_3
 from hvd_localsgd.frontends.frames import callback_list
 
@@ -123,8 +125,16 @@ class IterateAverage(keras.callbacks.Callback):
         communicator = devices.get()
         if communicator.size == 1 or not self._averages:
             return
-        averager = ModelAverager(self._averages, 1, weighting="samples", broadcast=False)
+        on_failure = "continue" if failures.may_die() else "abort"
+        averager = ModelAverager(self._averages, 1, weighting="samples", broadcast=False, on_failure=on_failure)
         averager.step(samples=self._sum)
         averager.finish()
+        survivors = Survivors(communicator, failures.may_die())
+
+        def sums() -> list[float]:
+            entries = communicator.gather(repr(self._sum).encode())
+            survivors.agree()
+            return [float(entry) for entry in entries]
+
         # In the sum over ranks every rank's part is now the same, so that it can go on.
-        self._sum = float(np.mean([float(entry) for entry in communicator.gather(repr(self._sum).encode())]))
+        self._sum = float(np.mean(survivors.repeat(sums)))
