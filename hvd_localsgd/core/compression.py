@@ -42,6 +42,7 @@ class Encoded:
     def start(self, plan: Sequence[Chunk], arrays: Sequence[Array]) -> None:
         """Nothing is lost yet."""
         self.plain.start(plan, arrays)
+        self._rank = self.communicator.rank  # which changes with the communicator, if others die
         self._chunks = encoded = [chunk for chunk in plan if not chunk.exact]
         self._own = {
             chunk.number: np.zeros(self._share(chunk) * self.communicator.size, np.float32) for chunk in encoded
@@ -108,8 +109,9 @@ class Encoded:
         """What was lost: of each part of a chunk by this rank's change, of the part that it adds up by the sum."""
         lost: dict[int, np.ndarray] = {}
         for chunk in self._chunks:
-            parts = self._own[chunk.number].reshape(self.communicator.size, -1).copy()
-            parts[self.communicator.rank] = self._sums[chunk.number]
+            total = self._sums[chunk.number]
+            parts = self._own[chunk.number].reshape(-1, total.size).copy()
+            parts[self._rank] = total
             for index, own, place in chunk.places():
                 block = lost.get(index, np.zeros(0, np.float32))
                 lost[index] = np.concatenate([block, np.zeros(max(0, own.stop - block.size), np.float32)])
