@@ -33,7 +33,7 @@ class Loop:
         """Settings, and the shapes of all that is kept."""
         described = [list(each) for each in self._memory.description()] if self._memory is not None else []
         described += [[list(each.shape), str(getattr(each.dtype, "name", each.dtype))] for each in self._variables]
-        return {**self._settings.description(), "variables": described}
+        return {**self._settings.of_results(), "variables": described}
 
     def state(self) -> State:
         """Values, and where Python's and numpy's random numbers come from."""

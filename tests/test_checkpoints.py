@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import time
 import zipfile
@@ -11,8 +12,10 @@ import zipfile
 import numpy as np
 import pytest
 
+import hvd_localsgd as lsgd
 from hvd_localsgd.core import state
 from hvd_localsgd.core.checkpoints import Folder
+from hvd_localsgd.core.keeper import Checkpoints
 from hvd_localsgd.core.preemption import Requests
 from hvd_localsgd.core.progress import Progress
 from hvd_localsgd.core.schedules import Now
@@ -24,13 +27,18 @@ KEPT = {"engine/a": np.arange(5.0), "source/b": np.array(3), "source/empty": np.
 def write(path, number, training="t", keep=3, rank=0):
     folder = Folder(path, rank)
     seal = folder.write(number, 0, KEPT)
-    folder.commit({"training": training, "round": number, "ranks": 1, "facts": {}, "files": [seal]}, keep)
+    manifest = {"training": training, "round": number, "ranks": 1, "reducer": None, "facts": {}, "files": [seal]}
+    folder.commit(manifest, keep)
     return folder
 
 
 def read(folder):
     found = folder.found()
-    return folder.read(folder.manifest(found["rounds"][-1]), 0)
+    return folder.read(folder.manifest(found["rounds"][-1][0]), 0)
+
+
+def rounds(folder):
+    return [number for number, _ in folder.found()["rounds"]]
 
 
 def contents(path):
@@ -40,7 +48,8 @@ def contents(path):
 def test_what_is_written_is_read_and_older_ones_go(tmp_path):
     for number in (4, 8, 12, 16):
         folder = write(tmp_path / "new" / "folder", number, keep=2)
-    assert folder.found() == {"training": "t", "rounds": [12, 16]}
+    assert rounds(folder) == [12, 16]
+    assert (folder.found()["training"], folder.found()["highest"]) == ("t", 16)
     kept = read(folder)
     assert kept.keys() == KEPT.keys()
     assert all(kept[name].dtype == KEPT[name].dtype and (kept[name] == KEPT[name]).all() for name in KEPT)
@@ -51,14 +60,14 @@ def test_what_has_no_name_yet_does_not_count(tmp_path):
     folder = write(tmp_path, 4)
     folder.write(8, 0, KEPT)  # no manifest: the job was killed before all had written
     (tmp_path / "round-00000008" / ".rank-1.npz.1").write_bytes(b"half")
-    assert folder.found()["rounds"] == [4]
+    assert rounds(folder) == [4]
     write(tmp_path, 12, keep=1)
     assert sorted(os.listdir(tmp_path)) == ["latest", "round-00000012"]
 
 
 def test_an_empty_folder_has_nothing(tmp_path):
-    assert Folder(tmp_path, 0).found() == {"training": "", "rounds": []}
-    assert Folder(tmp_path / "not there", 0).found() == {"training": "", "rounds": []}
+    for path in (tmp_path, tmp_path / "not there"):
+        assert Folder(path, 0).found() == {"training": "", "rounds": [], "highest": 0}
 
 
 def edited(path, **changes):
@@ -83,6 +92,14 @@ def reseal(path, data):
     manifest = path / "round-00000004" / "manifest.json"
     edited(manifest, files=[{"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}])
     edited(path / "latest", manifest=hashlib.sha256(manifest.read_bytes()).hexdigest())
+
+
+def array_file(path):
+    """In place of an archive."""
+    file = path / "round-00000004" / "rank-0.npz"
+    with file.open("wb") as stream:
+        np.save(stream, np.arange(3))
+    return file.read_bytes()
 
 
 def replaced_by_a_link(path):
@@ -115,8 +132,15 @@ DAMAGE = {
     "older": (lambda p: edited(p / "latest", format=0), "is of format 0, and this version reads 1"),
     "pointer leads out": (lambda p: edited(p / "latest", round="../../x"), "has no proper round"),
     "negative": (lambda p: edited(p / "latest", round=-1), "has no proper round"),
-    "pickles": (hostile, "cannot be read .Object arrays cannot be loaded"),
+    "pickles": (hostile, "cannot be read .ValueError: Object arrays cannot be loaded"),
     "no npz": (lambda p: (p / "round-00000004/rank-0.npz").write_bytes(b"x") and reseal(p, b"x"), "cannot be read"),
+    "a pipe": (lambda p: (os.remove(p / "latest"), os.mkfifo(p / "latest")), "latest is no file"),
+    "a link that leads nowhere": (
+        lambda p: (os.remove(p / "latest"), (p / "latest").symlink_to("x")),
+        "cannot be read",
+    ),
+    "an array": (lambda p: reseal(p, array_file(p)), "cannot be read"),
+    "nested": (lambda p: (p / "latest").write_text("[" * 10**5), "latest is damaged"),
     "a link": (replaced_by_a_link, "cannot be read .*symbolic"),
     "a linked folder": (folder_replaced_by_a_link, "is a link, and leads elsewhere"),
 }
@@ -151,9 +175,59 @@ def test_temporary_files_do_not_follow_links(tmp_path):
     target.write_bytes(b"mine")
     (tmp_path / "round-00000004").mkdir()
     (tmp_path / "round-00000004" / ".rank-0.npz.0").symlink_to(target)
-    with pytest.raises(OSError, match="symbolic"):
-        write(tmp_path, 4)
+    write(tmp_path, 4)
     assert target.read_bytes() == b"mine"
+
+
+def test_a_linked_round_is_not_written_to(tmp_path):
+    outside, path = tmp_path / "outside", tmp_path / "folder"
+    outside.mkdir()
+    path.mkdir()
+    (path / "round-00000004").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="is a link, and leads elsewhere"):
+        write(path, 4)
+    assert not list(outside.iterdir())
+
+
+def test_who_removes_a_damaged_one_goes_on_from_the_one_before(tmp_path):
+    for number in (4, 8):
+        folder = write(tmp_path, number)
+    flipped(tmp_path / "round-00000008/manifest.json")
+    with pytest.raises(CheckpointError, match=r"Remove \S+round-00000008, on all hosts, to go on from round 4\."):
+        read(folder)
+    shutil.rmtree(tmp_path / "round-00000008")
+    assert rounds(folder) == [4]
+    assert read(folder).keys() == KEPT.keys()
+    shutil.rmtree(tmp_path / "round-00000004")
+    with pytest.raises(CheckpointError, match="which is not there, and there is none before it"):
+        read(folder)
+
+
+def test_an_older_one_that_is_damaged_is_passed_over(tmp_path):
+    for number in (4, 8):
+        folder = write(tmp_path, number)
+    (tmp_path / "round-00000004/manifest.json").write_text("[" * 10**5)
+    assert rounds(folder) == [8]
+
+
+def test_nothing_that_counts_is_written_over(tmp_path):
+    """Lives that average nothing more, and so are at the same round, have checkpoints of their own."""
+
+    def live(steps):
+        array = np.zeros(3, np.float32)
+        with lsgd.ModelAverager([array], 2, checkpoint=Checkpoints(tmp_path, 1)) as training:
+            for _ in range(training.steps, steps):
+                array += 1
+                training.step()
+        return array, contents(tmp_path)
+
+    _, before = live(6)
+    array, after = live(6)
+    assert array.tolist() == [6.0] * 3
+    assert max(rounds(Folder(tmp_path, 0))) > max(int(str(name)[6:14]) for name in before if "round" in str(name))
+    kept = [name for name in before if name in after and name.name != "latest"]
+    assert kept
+    assert all(after[name] == before[name] for name in kept)
 
 
 def test_progress_comes_back_from_json():

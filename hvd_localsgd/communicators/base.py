@@ -88,7 +88,7 @@ class Communicator(ABC):
     began: int  # how many ranks there were at first
     members: list[int]  # what number each rank had then
     resilient = False  # whether the others can go on when a rank dies: then calls raise RankDied
-    generation = 0  # how often ranks were lost
+    generation = 0  # how often it has shrunk: sub-groups made before are lost
     seen: Callable[[Any], str] = staticmethod(
         lambda row: ""
     )  # in words, what a row that was exchanged says of where a rank is

@@ -208,9 +208,9 @@ class MPICommunicator(Communicator):
     def shrink(self) -> list[int]:
         """MPIX_Comm_shrink, again and again while ranks die in it. Sub-groups are lost."""
         self._revoke()
-        before, members, size = self.rank, self.members, self.size
+        before, members = self.rank, self.members
         while True:
-            self._family.clear()
+            self._family = []  # a thread that still waits in a sub-group has the old one
             self._comm = self._comm.Shrink()
             try:
                 self._use(self._comm)
@@ -223,7 +223,7 @@ class MPICommunicator(Communicator):
             if self.agree(well):
                 break
         self.members = [members[number] for number in numbers]
-        self.generation += self.size < size
+        self.generation += 1
         return numbers.tolist()
 
     def _revoke(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
 import sys
@@ -101,9 +103,11 @@ class Stalls:
         Raises:
             RankFailed: too long.
         """
-        if seconds < patience.warning * (self._said or 0.1):
-            if patience.timeout is not None and seconds > patience.timeout:
-                self._give_up(seconds)
+        timeout = math.inf if patience.timeout is None else patience.timeout
+        notice = 0.1 * min(patience.warning, timeout)  # who has waited for so long is known to have come
+        if seconds > timeout + notice:
+            self._give_up(seconds)
+        if seconds < (self._said * patience.warning or notice):
             return
         self._said += 1
         if self._said == 1:
@@ -156,7 +160,7 @@ class Stalls:
             if self._hosts[other] == self._hosts[rank]
         ]
         if self._hosts[self._rank] == self._hosts[rank]:
-            os.kill(self._processes[rank], signal.SIGKILL)
+            _end(self._processes[rank])
         elif here:
             self._tell(here[:1], _KILL, rank)
         return bool(here)
@@ -170,6 +174,11 @@ class Stalls:
         while self._comm.Iprobe():
             self._comm.Recv(notice)
             if notice[0] == _KILL:
-                os.kill(self._processes[notice[2]], signal.SIGKILL)
+                _end(self._processes[notice[2]])
             else:
                 self._arrived[notice[1]] = notice[2]
+
+
+def _end(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        os.kill(process, signal.SIGKILL)

@@ -24,12 +24,14 @@ class Context:
     Attributes:
         facts: name and value.
         parts: of the model, in order: ``"class"`` and configuration of its layers and its optimizers, as JSON takes it.
+        updates: steps that the optimizer has taken in its life, as it says itself; 0: the engine has counted all of them.
         brought: local steps that this rank's optimizer has taken in another process: what a file has restored.
     """
 
     facts: Mapping[str, str] = field(default_factory=dict)
     parts: Sequence[Mapping[str, Any]] = ()
     brought: int = 0
+    updates: int = 0
 
 
 NOTHING = Context()

@@ -85,7 +85,8 @@ class Averages:
         weight, blank = float(decision.weights[place]), place in decision.unfinite
         all_are_here = decision.reached > self.progress.reached  # and go on with the average
         waits = all_are_here or bool(decision.unfinite) or not self._overlap
-        self._pipeline.send(weight, int((decision.weights > 0).sum()), decision.now, waits, blank)
+        ranks = int((decision.weights > 0).sum())
+        self._pipeline.send(weight, ranks, decision.now, waits, blank, everything=bool(decision.unfinite))
         self._sent, self.progress.landing = decision, self._overlap
         if waits:
             self._take()
@@ -157,10 +158,11 @@ class Averages:
 
     def end_round(self, decision: Decision) -> None:
         """The next one begins, with what was decided."""
-        if self._settings.audits(decision.now):
-            self.survivors.repeat(lambda: self._audit(decision))
+        averaged = not math.isnan(self._outcome.drift)
         self._record(self.progress.interval, decision.staleness)
         self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
+        if averaged and self._settings.audits(decision.now):
+            self.survivors.repeat(lambda: self._audit(decision))
 
     def _record(self, interval: int, staleness: int = 0) -> None:
         """Of the round, and of the averages that landed in it."""

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ from hvd_localsgd.core.state import State
 from hvd_localsgd.errors import CheckpointError
 
 FORMAT = 1
+_LARGEST = 1 << 28  # bytes, of a pointer or a manifest
 
 
 class Folder:
@@ -45,6 +47,7 @@ class Folder:
         """A rank's file; what the manifest says of it."""
         made = self._round(number)
         made.mkdir(parents=True, exist_ok=True)
+        self._refuse_links(made)
         seal = _Seal()
 
         def save(file: BinaryIO) -> None:
@@ -70,8 +73,10 @@ class Folder:
                 shutil.rmtree(self._round(each), ignore_errors=True)  # perhaps another host's process was here
 
     def _put(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
+        self._refuse_links(path.parent)
         temporary = path.with_name(f".{path.name}.{self._writer}")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        temporary.unlink(missing_ok=True)  # of a job that was killed
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         with open(os.open(temporary, flags, 0o666), "wb") as file:
             write(file)
             file.flush()
@@ -83,24 +88,40 @@ class Folder:
     # Reading. Whatever is wrong is a CheckpointError, and nothing has changed.
 
     def found(self) -> dict[str, Any]:
-        """``{"training": ..., "rounds": [...]}``: of the training that the pointer names, what is complete, oldest first.
+        """``{"training": ..., "rounds": [[number, sha256 of the manifest], ...], "highest": ...}``.
+
+        Of the training that the pointer names, what is complete, oldest first; and the highest number that is taken. Who removes the folder of
+        a damaged checkpoint goes on from the one before.
 
         Raises:
-            CheckpointError: the pointer, or a manifest, is not one.
+            CheckpointError: the pointer, or the manifest that it names, is not one.
         """
-        if not (self.path / "latest").exists():
-            return {"training": "", "rounds": []}
+        highest = max(self._numbers(), default=0) if self.path.exists() else 0
+        if not os.path.lexists(self.path / "latest"):
+            return {"training": "", "rounds": [], "highest": highest}
         latest = self._json(self.path / "latest", {"round": int, "training": str, "manifest": str})
-        text = self._bytes(self._manifest_path(latest["round"]))
-        if _sha256(text) != latest["manifest"]:
+        newest = latest["round"]
+        if os.path.lexists(self._round(newest)):
+            if _sha256(self._bytes(self._manifest_path(newest))) != latest["manifest"]:
+                raise CheckpointError(
+                    f"{self._manifest_path(newest)} is not the one that was written. {self._way_out(newest)}"
+                )
+            self.manifest(newest)
+        rounds = [(n, self._seal_of(n, latest["training"])) for n in self._numbers() if n <= newest]
+        if not any(seal for _, seal in rounds):
             raise CheckpointError(
-                f"{self._manifest_path(latest['round'])} is not the one that was written. {self._way_out(latest['round'])}"
+                f"{self.path / 'latest'} names {self._round(newest)}, which is not there, and there is none before it. Remove {self.path} to "
+                "begin anew."
             )
-        rounds = [n for n in self._numbers() if n <= latest["round"] and self._manifest_path(n).exists()]
-        return {
-            "training": latest["training"],
-            "rounds": [n for n in rounds if self.manifest(n)["training"] == latest["training"]],
-        }
+        return {"training": latest["training"], "rounds": [pair for pair in rounds if pair[1]], "highest": highest}
+
+    def _seal_of(self, number: int, training: str) -> str:
+        """The manifest's SHA-256, if it is there and of that training."""
+        try:
+            manifest = self.manifest(number)
+        except CheckpointError:
+            return ""
+        return _sha256(self._bytes(self._manifest_path(number))) if manifest["training"] == training else ""
 
     def manifest(self, number: int) -> dict[str, Any]:
         """What was committed.
@@ -108,17 +129,13 @@ class Folder:
         Raises:
             CheckpointError: it cannot be read, or is another version's.
         """
-        kinds = {"round": int, "training": str, "ranks": int, "files": list, "facts": dict}
+        kinds = {"round": int, "training": str, "ranks": int, "files": list, "facts": dict}  # and a reducer, or None
         path = self._manifest_path(number)
         manifest = self._json(path, kinds)
         seals = [each for each in manifest["files"] if isinstance(each, dict) and {"bytes", "sha256"} <= set(each)]
-        if manifest["round"] != number or len(seals) != manifest["ranks"] or not seals:
+        if manifest["round"] != number or len(seals) != manifest["ranks"] or not seals or "reducer" not in manifest:
             raise CheckpointError(f"{path} contradicts itself. {self._way_out(number)}")
         return manifest
-
-    def has(self, number: int, rank: int) -> bool:
-        """Whether a rank's file is on this host."""
-        return (self._round(number) / f"rank-{rank}.npz").exists()
 
     def read(self, manifest: Mapping[str, Any], rank: int) -> State:
         """What a rank has kept.
@@ -143,20 +160,24 @@ class Folder:
                 f"{path} is not there. Where hosts share no filesystem, each has the files of its own ranks only: start the job on the "
                 "same hosts with the same ranks on each, or copy the files."
             ) from None
-        except (OSError, ValueError, EOFError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}). {self._way_out(number)}") from None
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a file that is none makes numpy and zipfile raise
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}: {error}). {self._way_out(number)}"
+            ) from None
 
     def _json(self, path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
         try:
             value = json.loads(self._bytes(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}). Remove {self.path} to begin anew.") from None
         if not isinstance(value, dict) or "format" not in value:
             raise CheckpointError(f"{path} is not of a checkpoint of hvd_localsgd. Choose another folder.")
         if value["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} is of format {value['format']!r}, and this version reads {FORMAT}. Resume it with the version that has written "
-                f"it ({value.get('written by', 'unknown')}), or choose another folder."
+                "it, or choose another folder."
             )
         wrong = [name for name, kind in kinds.items() if type(value.get(name)) is not kind]
         if wrong or (isinstance(value.get("round"), int) and value["round"] < 0):
@@ -166,6 +187,8 @@ class Folder:
     def _bytes(self, path: Path) -> bytes:
         try:
             with self._open(path) as file:
+                if os.fstat(file.fileno()).st_size > _LARGEST:
+                    raise CheckpointError(f"{path} is too large to be what it should be. Choose another folder.")
                 return file.read()
         except OSError as error:
             raise CheckpointError(
@@ -173,13 +196,22 @@ class Folder:
             ) from None
 
     def _open(self, path: Path) -> BinaryIO:
-        if path.parent != self.path and path.parent.is_symlink():
-            raise CheckpointError(f"{path.parent} is a link, and leads elsewhere: it is not followed.")
-        return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        self._refuse_links(path.parent)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise CheckpointError(f"{path} is no file.")
+        return open(handle, "rb")
+
+    def _refuse_links(self, folder: Path) -> None:
+        if folder != self.path and folder.is_symlink():
+            raise CheckpointError(f"{folder} is a link, and leads elsewhere: it is not followed.")
 
     def _way_out(self, number: int) -> str:
         others = [each for each in self._numbers() if each != number and self._manifest_path(each).exists()]
-        return f"Complete besides are rounds {others}." if others else f"Remove {self.path} to begin anew."
+        if not others:
+            return f"Remove {self.path} to begin anew."
+        return f"Remove {self._round(number)}, on all hosts, to go on from round {others[-1]}."
 
     def _numbers(self) -> list[int]:
         names = [re.fullmatch(r"round-(\d{8,15})", each.name) for each in self.path.iterdir() if not each.is_symlink()]

@@ -107,14 +107,15 @@ class Encoded:
 
     def state(self) -> State:
         """What was lost: of each part of a chunk by this rank's change, of the part that it adds up by the sum."""
-        lost: dict[int, np.ndarray] = {}
+        ends: dict[int, int] = {}
+        for index, own, _ in (place for chunk in self._chunks for place in chunk.places()):
+            ends[index] = max(ends.get(index, 0), own.stop)
+        lost = {index: np.zeros(end, np.float32) for index, end in ends.items()}
         for chunk in self._chunks:
             total = self._sums[chunk.number]
             parts = self._own[chunk.number].reshape(-1, total.size).copy()
             parts[self._rank] = total
             for index, own, place in chunk.places():
-                block = lost.get(index, np.zeros(0, np.float32))
-                lost[index] = np.concatenate([block, np.zeros(max(0, own.stop - block.size), np.float32)])
                 lost[index][own] = parts.reshape(-1)[place]
         return {str(index): block for index, block in lost.items()}
 

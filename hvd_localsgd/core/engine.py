@@ -42,6 +42,7 @@ class LocalSGD:
         communicator.seen = header.seen
         self.number, self.count_pending = failures.number(communicator), lambda: None
         self.thread, self.goes_on = threading.get_ident(), averages.survivors.go_on
+        self.overlaps = settings.overlap > 0
         self.progress = averages.progress  # for front ends, to be read
         self.keeper = Keeper()  # of checkpoints; a front end has another
         self._settings, self._coordination, self._averages = settings, coordination, averages
@@ -58,7 +59,7 @@ class LocalSGD:
         self._who = {"engine": self.number, "model": agreement.fingerprint(description)}
         own = header.row(**self._who, position=BEGIN, finite=True, **self.progress.seen)
         own["total"] = self.progress.total if total is None else total
-        own["brought"] = 0 if self.keeper.found else context.brought
+        own["brought"], own["updates"] = 0 if self.keeper.found else context.brought, context.updates
         failures.begin(self)
         with failures.together(self):
             table, moved = self._survivors.repeat(lambda: self._start(own, description))
@@ -137,7 +138,6 @@ class LocalSGD:
         """Ranks have died; those with these numbers are left, and go on with their own weights."""
         self.progress.survived(left)
         self._averages.survived()
-        self.keeper.survived()
 
     # What all ranks do together, again if one of them dies in it.
 

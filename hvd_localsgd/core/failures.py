@@ -41,6 +41,7 @@ class Trainer(Protocol):
         number: of those on this communicator.
         thread: that made it.
         goes_on: without ranks that die.
+        overlaps: its averages are not waited for.
         finish_at_exit: whether a process that ends in good order in between waits for the others; if not, it has left
             them in the middle of something, and the job ends with an error.
     """
@@ -50,6 +51,7 @@ class Trainer(Protocol):
     number: int
     thread: int
     goes_on: bool
+    overlaps: bool
 
     def finish(self) -> None:
         """Wait for the slowest rank's last sync."""
@@ -93,6 +95,7 @@ def begin(trainer: Trainer) -> None:
         others = [each for each in _process.training.values() if each.communicator is trainer.communicator]
         _process.threads |= any(each.thread != trainer.thread for each in others)
     _check_one_thread(trainer)
+    _check_one_lands(trainer)
     _process.goes_on |= trainer.goes_on
     _process.training[id(trainer)] = trainer
     _process.failed = False
@@ -103,9 +106,10 @@ def end(trainer: Trainer) -> None:
     _process.training.pop(id(trainer), None)
 
 
-def end_all() -> None:
-    """All ranks leave, whatever else they were training."""
+def end_all(status: int) -> None:
+    """All ranks leave with this exit status, whatever else they were training."""
     _process.training.clear()
+    _process.status = status
 
 
 def may_die() -> bool:
@@ -173,6 +177,18 @@ def _check_one_thread(trainer: Trainer) -> None:
         raise RuntimeError(
             f"Two threads train at the same time (rank {trainer.communicator.rank} on {trainer.communicator.host}): ranks cannot tell "
             "whose turn it is. Train one model after another, or all in one thread."
+        )
+
+
+def _check_one_lands(trainer: Trainer) -> None:
+    """Ranks wait for each other as an average lands, where some may die: not while others wait for them in another model's sync."""
+    others = [
+        each for each in _process.training.values() if each.communicator is trainer.communicator and each is not trainer
+    ]
+    if others and any(each.goes_on and each.overlaps for each in (trainer, *others)):
+        raise RuntimeError(
+            "overlap with on_failure='continue' is for one model at a time, where ranks may die (mpirun --with-ft ulfm): let one training end "
+            "before the next begins, or use overlap=0."
         )
 
 

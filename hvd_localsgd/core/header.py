@@ -23,6 +23,7 @@ HEADER = np.dtype(
             np.int64,
         ),  # local steps that are not in all of the model's averages yet: more, with fragments or groups
         ("recent_samples", np.float64),  # likewise
+        ("updates", np.int64),  # steps that the optimizer has taken in its life, when training begins; 0: nobody asked
         ("due", np.bool_),  # this rank's round is over, or has to end here
         ("pace", np.float64),  # seconds of a local step, lately; 0: not known yet
         ("sync", np.float64),  # seconds of a sync, lately, without waiting; 0: not known yet
@@ -79,9 +80,10 @@ def leave(communicator: Any, words: str) -> bool:
     table = communicator.exchange(row(left=True))
     if not table["left"].all():
         communicator.gather(f"rank {communicator.rank} on {communicator.host} {words}".encode())
+        return False
     if not communicator.agree(True):
         raise RankDied("a rank has died", all_know=True)
-    return bool(table["left"].all())
+    return True
 
 
 def tell_failure(communicator: Any, error: BaseException, timeout: float) -> bool:

@@ -25,7 +25,7 @@ from hvd_localsgd.core.header import row
 from hvd_localsgd.core.preemption import Requests
 from hvd_localsgd.core.progress import BEGIN, Progress
 from hvd_localsgd.core.protocol import Decision
-from hvd_localsgd.core.settings import as_count
+from hvd_localsgd.core.settings import Settings, as_count
 from hvd_localsgd.core.state import State, below, under, value, words
 from hvd_localsgd.errors import CheckpointError, Preempted, RanksDiffer
 
@@ -62,9 +62,6 @@ class Keeper:
 
     def take(self, between_steps: bool = False) -> None:
         """What is due is kept now, unless an average is on its way (collective, if training ends with it)."""
-
-    def survived(self) -> None:
-        """Other ranks have died."""
 
 
 class Checkpoints(Keeper):
@@ -118,6 +115,13 @@ class Checkpoints(Keeper):
         self._longest, self._seconds, self._synced = 0.0, 0.0, time.perf_counter()
         self._writing = None
         self.requests.listen()
+        try:
+            return self._resume(communicator, source)
+        except BaseException:
+            self.requests.ignore()
+            raise
+
+    def _resume(self, communicator: Any, source: Source) -> bool:
         said = {"every_rounds": self.every_rounds, "keep": self.keep, "exit_status": self.exit_status}
         description = json.dumps([{"checkpoints": str(said)}, [], []])
         with failures.together(None):
@@ -141,16 +145,17 @@ class Checkpoints(Keeper):
     def _choose(self) -> dict[str, Any] | None:
         """The manifest of the newest that all ranks have."""
         folder, who = self.folder_of_rank, self._communicator
-        own: dict[str, Any] = {"training": "", "rounds": [], "error": ""}
+        own: dict[str, Any] = {"training": "", "rounds": [], "highest": 0, "error": ""}
         try:
             own |= folder.found()
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             own["error"] = str(error)
         entries = [json.loads(entry) for entry in who.gather(json.dumps(own).encode())]
         self._refuse([entry["error"] for entry in entries])
-        common = set.intersection(*(set(entry["rounds"]) for entry in entries))
+        self._number = max(entry["highest"] for entry in entries)  # nothing that is there is written over
+        common = set.intersection(*(set(map(tuple, entry["rounds"])) for entry in entries))
         if len({entry["training"] for entry in entries}) == 1 and (common or not entries[0]["training"]):
-            return folder.manifest(max(common)) if common else None
+            return folder.manifest(max(common)[0]) if common else None
         names = who.hosts
         has = [f"rank {k} on {names[k]} {_words(entry)}" for k, entry in enumerate(entries)]
         differ = [words for k, words in enumerate(has) if _words(entries[k]) != _words(entries[0])][:7]
@@ -163,17 +168,19 @@ class Checkpoints(Keeper):
         """This rank's file; where there were other ranks, what they had in common from rank 0's."""
         folder, who, error, state = self.folder_of_rank, self._communicator, "", State()
         try:
-            facts = self._source.facts()
+            facts, unsaid = self._source.facts(), Settings().description()  # an option that a later version has
             for name in {**manifest["facts"], **facts}:
-                if manifest["facts"].get(name) != facts.get(name):
-                    was, now = _first_difference(manifest["facts"].get(name), facts.get(name))
+                before = manifest["facts"].get(name, unsaid.get(name))
+                if before != facts.get(name, unsaid.get(name)):
+                    was, now = _first_difference(before, facts.get(name))
                     raise CheckpointError(
                         f"{self.folder} is of another training: {name} was {was}, and is {now}. Choose another folder, or go on as it was."
                     )
             state = folder.read(manifest, who.rank % manifest["ranks"])
             if not self._alike and who.rank % manifest["ranks"]:
                 state |= under("engine", below("engine", folder.read(manifest, 0)))
-        except CheckpointError as found:
+            reducers.check(manifest["reducer"])
+        except (CheckpointError, ValueError) as found:
             error = str(found)
         entries = [json.loads(entry) for entry in who.gather(json.dumps([error, who.local_size]).encode())]
         self._refuse([error for error, _ in entries])
@@ -269,19 +276,14 @@ class Checkpoints(Keeper):
             self._write()
         self.requests.ignore()
 
-    def survived(self) -> None:
-        """What is being written is of ranks that are no more: the next checkpoint is of those that are left."""
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
-        self.folder_of_rank = Folder(self.folder, self._communicator.rank)
-
     def _write(self) -> None:
         engine = {"progress": words(self._progress.state()), **under("averages", self._averages.state())}
         state = under("engine", engine) | under("source", self._source.state())
         copy = {name: np.array(array) for name, array in state.items()}
-        self._facts = self._source.facts()
-        self._writing = _Writing(self.folder_of_rank, self._round, self._communicator.rank, copy)
+        self._facts, who = self._source.facts(), self._communicator
+        self._number = max(self._number + 1, self._round)
+        self.folder_of_rank, self._generation = Folder(self.folder, who.rank), who.generation
+        self._writing = _Writing(self.folder_of_rank, self._number, who.rank, copy)
 
     def _commit(self) -> bool:
         """Collective: what the manifest says of each file comes from the rank that has written it.
@@ -296,19 +298,12 @@ class Checkpoints(Keeper):
         who, number = self._communicator, self._writing.number
         self._writing.join()
         self._seconds = max(self._seconds, self._writing.seconds)
-        own = json.dumps(self._writing.seal | {"ranks on its host": who.local_size}).encode()
-        survivors = self._averages.survivors
-
-        def exchange() -> list[bytes]:
-            entries = who.gather(own) if self._writing is not None else []
-            survivors.agree()
-            return entries
-
-        files = [json.loads(entry) for entry in survivors.repeat(exchange)]
-        if self._writing is None:
-            return False
-        self._writing = None
+        own, self._writing = self._writing.seal | {"ranks on its host": who.local_size}, None
+        files = [json.loads(entry) for entry in self._gather(json.dumps(own))]
+        if who.generation != self._generation:
+            return False  # of ranks that are no more, and of numbers that others have now
         self._refuse([file.get("error", "") for file in files])
+        failed = ""
         if who.local_rank == 0:  # on a filesystem that hosts share all of these write the same, to the byte
             manifest = {
                 "training": self._identity,
@@ -318,18 +313,33 @@ class Checkpoints(Keeper):
                 "facts": self._facts,
                 "files": files,
             }
-            self.folder_of_rank.commit(manifest, self.keep)
+            try:
+                self.folder_of_rank.commit(manifest, self.keep)
+            except (CheckpointError, OSError) as error:
+                failed = f"cannot write to {self.folder} ({error})"
+        self._refuse(self._gather(failed))
         return True
+
+    def _gather(self, word: str) -> list[str]:
+        """Every rank's (collective)."""
+        survivors = self._averages.survivors
+
+        def exchange() -> list[bytes]:
+            entries = self._communicator.gather(word.encode())
+            survivors.agree()
+            return entries
+
+        return [entry.decode() for entry in survivors.repeat(exchange)]
 
     def _leave(self) -> None:
         self.requests.ignore()
         if self._communicator.rank == 0:
             print(
-                f"hvd_localsgd: round {self._round} is in {self.folder}; all ranks end with exit status {self.exit_status}",
+                f"hvd_localsgd: round {self._number} is in {self.folder}; all ranks end with exit status {self.exit_status}",
                 file=sys.stderr,
                 flush=True,
             )
-        failures.end_all()
+        failures.end_all(self.exit_status)
         raise Preempted(self.exit_status)
 
 
@@ -364,7 +374,7 @@ class _Writing(threading.Thread):
 
 def _words(entry: Mapping[str, Any]) -> str:
     rounds = entry["rounds"]
-    return f"has round {rounds[-1]} of training {entry['training'][:6]}" if rounds else "has none"
+    return f"has round {rounds[-1][0]} of training {entry['training'][:6]}" if rounds else "has none"
 
 
 def _first_difference(was: Any, now: Any) -> tuple[Any, Any]:

@@ -43,10 +43,12 @@ class Overlapped(Pipeline):
             self._flight = None
         super().start()
 
-    def send(self, weight: float, ranks: int, now: Now, waits: bool = True, blank: bool = False) -> None:
+    def send(
+        self, weight: float, ranks: int, now: Now, waits: bool = True, blank: bool = False, everything: bool = False
+    ) -> None:
         """Begins the average, or makes it where it is waited for; arguments as for ``Pipeline.send``."""
         if waits:
-            super().send(weight, ranks, now, blank=blank)
+            super().send(weight, ranks, now, waits, blank, everything)
             return
         self._outcome = Outcome()
         if self._lost:

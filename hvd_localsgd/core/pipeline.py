@@ -161,7 +161,9 @@ class Pipeline:
         self.reducer.load(self._carried)
         self._carried = {}
 
-    def send(self, weight: float, ranks: int, now: Now, waits: bool = True, blank: bool = False) -> None:
+    def send(
+        self, weight: float, ranks: int, now: Now, waits: bool = True, blank: bool = False, everything: bool = False
+    ) -> None:
         """x_k <- sum_j w_j x_j, all ranks together (or, if the reducer is one-sided, this one by itself).
 
         Args:
@@ -170,6 +172,7 @@ class Pipeline:
             now: what all ranks know.
             waits: whether the average must be there when this returns; here it is in any case.
             blank: what this rank has is not finite, and is not looked at.
+            everything: whatever is due now, since some rank is blank.
         """
         lap = self.timings.lap
         self._outcome = Outcome()
@@ -180,7 +183,7 @@ class Pipeline:
         if Pipeline.latest is not None:
             Pipeline.latest.join()
             lap("communicate")
-        due = self._due(now)
+        due = self._plan if everything else self._due(now)
         reducer.prepare(now)
         # What is not finite is looked at in the end.
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"), self._undone(arrays):

@@ -239,8 +239,8 @@ class Together:
 
     def decide(self, own: np.ndarray, last: Now | None) -> Decision:
         """On the headers of all, once all are about the same model."""
-        own["group"] = self._group()
         while True:
+            own["group"] = self._group()
             table = exchange(self.communicator, own)
             check_same_place(self.communicator, table, beginning=False)
             if (table["engine"] == own["engine"]).all():
@@ -385,7 +385,7 @@ def agree(communicator: Any, own: np.ndarray, description: str) -> np.ndarray:
 
 def as_far(table: np.ndarray) -> bool:
     """Whether all ranks' optimizers have taken the same number of steps, so that each may go on with its own state."""
-    return bool(table["total"][0]) and bool((table["total"] == table["total"][0]).all())
+    return bool(table["total"][0]) and all((table[name] == table[name][0]).all() for name in ("total", "updates"))
 
 
 def check_same_place(communicator: Any, table: np.ndarray, beginning: bool) -> None:

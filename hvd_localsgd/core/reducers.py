@@ -185,6 +185,7 @@ class OneSided:
             vector.free()
 
 
+_KINDS: dict[Any, type[Library]] = {each.__name__: each for each in (Library, Ring)}
 _fastest: WeakKeyDictionary[Any, tuple[int, type[Library], int]] = WeakKeyDictionary()
 
 
@@ -221,11 +222,23 @@ def chosen(communicator: Any) -> list[Any] | None:
     return None if kind is None else [kind.__name__, chunk_bytes]
 
 
+def check(chosen: Any) -> None:
+    """Whether ``chosen`` can have said this.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if chosen is not None:
+        name, chunk_bytes = chosen if isinstance(chosen, list) and len(chosen) == 2 else (None, None)
+        if name not in _KINDS or type(chunk_bytes) is not int or not 0 < chunk_bytes <= 1 << 31:
+            raise ValueError(f"the manifest names a reducer that there is not: {chosen!r}")
+
+
 def prefer(communicator: Any, chosen: Sequence[Any] | None) -> None:
     """What ``chosen`` once said: with three ranks and more another kind, or another chunk size of a ring, gives other bits."""
     if chosen is not None:
         name, chunk_bytes = chosen
-        kind = {each.__name__: each for each in (Library, Ring)}[name]
+        kind = _KINDS[name]
         _fastest[communicator] = communicator.generation, kind, int(chunk_bytes)
 
 

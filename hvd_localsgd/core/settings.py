@@ -248,6 +248,11 @@ class Settings:
         """Name and value of each option, in words that are the same on two ranks only if the values are."""
         return {name: _words(value) for name, value in self.get_config().items()}
 
+    def of_results(self) -> dict[str, str]:
+        """Of these, what results depend on where nothing goes wrong."""
+        others = ("on_nonfinite", "audit_every", "on_failure")
+        return {name: words for name, words in self.description().items() if name not in others}
+
 
 def _async_is_alone(chosen: Settings) -> str | None:
     if chosen.mode == "async" and (chosen.weighting, chosen.interval) != ("equal", "equal"):

@@ -168,8 +168,10 @@ class Drift(Stage):
         self._sampled += before.size
         return values
 
+    def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
+        """Nothing is left of a sync that was broken off."""
+        self._distance, self._sampled, self._elements = 0.0, 0, 0
+
     def squared(self) -> float:
         """|x_k - average|^2 of this sync, estimated where the model is large."""
-        squared = self._distance * self._elements / max(self._sampled, 1)
-        self._distance, self._sampled, self._elements = 0.0, 0, 0
-        return squared
+        return self._distance * self._elements / max(self._sampled, 1)

@@ -146,7 +146,8 @@ class LocalSGDCallback(Recorded, Callback):
         brought = 0 if steps is None else keras_state.brought(model.optimizer, steps)
         self._tell()
         self._engine.keeper = self.keeper or Keeper()
-        self._engine.begin(steps, Context(facts, parts, brought))
+        updates = 0 if model.optimizer is None else self._updates_done()
+        self._engine.begin(steps, Context(facts, parts, brought, updates))
         keras_state.finalize(model)
         self._warn_about_steps_per_execution()
         if devices.rank() == 0:

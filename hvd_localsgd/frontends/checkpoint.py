@@ -75,6 +75,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """The first goes on in the middle, if it was there."""
+        self.model._initial_epoch = None  # or the next fit would begin there too
         if self._first_epoch is None:
             self._first_epoch = epoch
         self._now["epoch"], self._begun = epoch, True
@@ -100,6 +101,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """What has come out is kept, to be gone on from."""
         self._front.keeper = None
+        self.model._initial_epoch = None
         if self._begun:
             self._ended = True
             with failures.together(None):
@@ -110,7 +112,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
 
     def facts(self) -> dict[str, Any]:
         """Settings and variables."""
-        front = {"front end": type(self._front).__name__, **self._front.settings.description()}
+        front = {"front end": type(self._front).__name__, **self._front.settings.of_results()}
         return {**front, "variables": [describe(each) for each in self._variables()]}
 
     def state(self) -> State:
@@ -143,7 +145,10 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
                 write(variable, state[f"variable/{number}"])
         dropped = []
         if ranks != size and where["batches"]:
-            where["batches"] = where["batches"] * ranks // size
+            before, several = where["batches"], self.model.steps_per_execution
+            where["batches"] = before * ranks // size // several * several
+            if "updates" in where:
+                where["updates"] += before - where["batches"]
             dropped = [
                 f"which samples of the epoch were seen (it goes on at batch {where['batches']})",
                 "the epoch's metrics so far",
