@@ -172,6 +172,9 @@ def _shard_dataset(
     if not shuffle and cardinality < 0:
         raise ValueError("A Dataset without end has no contiguous parts: use shuffle=True.")
 
+    if remainder == "repeat":
+        dataset = dataset.concatenate(dataset)
+
     def place() -> list[int]:
         """Rank and size as they are now, how many elements are dealt, and where this rank's begin and end if they are contiguous."""
         rank, size = communicator.rank, communicator.size
@@ -199,8 +202,6 @@ def _deal(
     dataset: tf.data.Dataset, rank: Any, size: Any, count: Any, start: Any, stop: Any, shuffle: bool, seed: int
 ) -> tf.data.Dataset:
     """A rank's part; numbers may be tensors. ``count`` -1: of all that there is."""
-    if not isinstance(count, int) or count > int(dataset.cardinality()) >= 0:
-        dataset = dataset.concatenate(dataset)
     if not shuffle:
         return dataset.skip(start).take(stop - start)
     size64 = tf.cast(size, tf.int64)

@@ -7,6 +7,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvd_localsgd import devices
+
 
 class Batches(keras.utils.PyDataset):
     def __init__(self, count):
@@ -113,3 +115,22 @@ def test_wrong_arguments(lsgd):
         lsgd.shard((np.zeros(3), np.zeros(4)))
     with pytest.raises(ValueError, match="remainder must be"):
         lsgd.shard(np.zeros(3), remainder="half")
+
+
+@pytest.mark.pairs
+@pytest.mark.parametrize("length", ["known", "unknown", "endless"])
+@pytest.mark.parametrize("remainder", ["keep", "drop", "repeat"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_where_ranks_may_die_a_dataset_is_dealt_out_alike(lsgd, length, remainder, shuffle, monkeypatch):
+    dataset = tf.data.Dataset.range(11)
+    if length == "unknown":
+        dataset = dataset.filter(lambda _: True)
+    elif length == "endless":
+        dataset = dataset.repeat()
+    if length != "known" and (remainder != "keep" or not shuffle):
+        pytest.skip("refused")
+    expected = [int(each) for each in lsgd.shard(dataset, shuffle=shuffle, remainder=remainder).take(30)]
+    monkeypatch.setattr(devices.get(), "resilient", True)
+    own = lsgd.shard(dataset, shuffle=shuffle, remainder=remainder)
+    for _ in range(2):
+        assert [int(each) for each in own.take(30)] == expected
