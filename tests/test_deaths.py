@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from hvd_localsgd.core.checkpoints import Folder
+
 from . import launched
 
 PYTHON = launched.ROOT / ".venv-ulfm" / "bin" / "python"
@@ -88,3 +90,13 @@ def test_a_rank_that_hangs_is_given_up_and_killed():
         r"rank 0 on \S+ has waited for \d s; not here: rank 2 on \S+ \(last seen at local step \d+\)", result.output
     )
     assert re.search(r"rank \d on \S+ has waited for \d s, and has killed rank 2 on", result.output), result.output
+
+
+def test_while_a_checkpoint_is_written(tmp_path):
+    result = train(3, "1:checkpoint:0", more=["--checkpoints", str(tmp_path)])
+    assert_survived(result, [0, 2], 2)
+    folder = Folder(tmp_path, 0)
+    number, _ = folder.found()["rounds"][-1]
+    manifest = folder.manifest(number)
+    assert manifest["ranks"] == 2
+    assert all(folder.read(manifest, rank) for rank in range(2))

@@ -25,7 +25,7 @@ import numpy as np
 import hvd_localsgd as lsgd
 from hvd_localsgd import devices
 from hvd_localsgd.communicators.mpi import MPICommunicator
-from hvd_localsgd.core import engine, overlap, pipeline
+from hvd_localsgd.core import engine, keeper, overlap, pipeline
 from hvd_localsgd.core.survivors import Survivors
 
 SECONDS = 100  # for the whole training
@@ -39,6 +39,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "allreduce": (MPICommunicator, "allreduce", 20),
     "outer": (pipeline.Pipeline, "_close", 8),
     "flight": (overlap._Flight, "run", 5),
+    "checkpoint": (keeper._Writing, "run", 3),
     "epoch_end": (engine.LocalSGD, "meet", 4),
     "train_end": (engine.LocalSGD, "finish", 1),
     "stop": (engine.LocalSGD, "step", 10),
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--kill", action="append", default=[], metavar="RANK:PLACE:SECONDS", help=", ".join(PLACES))
     parser.add_argument("--front-end", choices=("callback", "optimizer", "averager"), default="callback")
     parser.add_argument("--shard", action="store_true", help="train on shard() of a Dataset, the same on all ranks")
+    parser.add_argument("--checkpoints", help="a folder, for one after every average")
     parser.add_argument("--options", type=json.loads, default={}, help="of Local SGD, as JSON")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # what hangs says where
@@ -95,9 +97,9 @@ def main() -> None:
     y = x.sum(1, keepdims=True)
     settings = {"sync_every": 4, "on_failure": "continue", **arguments.options}
     if arguments.front_end == "averager":
-        weights, loss = averager(x, y, settings)
+        weights, loss = averager(x, y, settings, arguments.checkpoints)
     else:
-        weights, loss = keras_fit(arguments.front_end, x, y, settings, arguments.shard)
+        weights, loss = keras_fit(arguments.front_end, x, y, settings, arguments.shard, arguments.checkpoints)
     others = Survivors(communicator, True)
 
     def digests() -> set[bytes]:
@@ -110,10 +112,11 @@ def main() -> None:
     print(f"rank {me} ended as {lsgd.rank()} of {lsgd.size()}: same={same} finite={finite} loss={loss:.5f}", flush=True)
 
 
-def averager(x: np.ndarray, y: np.ndarray, settings: dict[str, Any]) -> tuple[np.ndarray, float]:
+def averager(x: np.ndarray, y: np.ndarray, settings: dict[str, Any], folder: str | None) -> tuple[np.ndarray, float]:
     """Weights and loss of least squares."""
     weights = np.zeros((16, 1), np.float32)
-    training = lsgd.ModelAverager([weights], **settings)
+    checkpoint = None if folder is None else keeper.Checkpoints(folder, 1)
+    training = lsgd.ModelAverager([weights], checkpoint=checkpoint, **settings)
     training.tell(rate=0.01)
     with training:
         for step in range(160):
@@ -125,7 +128,7 @@ def averager(x: np.ndarray, y: np.ndarray, settings: dict[str, Any]) -> tuple[np
 
 
 def keras_fit(
-    front_end: str, x: np.ndarray, y: np.ndarray, settings: dict[str, Any], shard: bool
+    front_end: str, x: np.ndarray, y: np.ndarray, settings: dict[str, Any], shard: bool, folder: str | None
 ) -> tuple[np.ndarray, float]:
     """Weights and loss of a small network."""
     import keras
@@ -152,6 +155,8 @@ def keras_fit(
     if shard:
         rows = np.random.default_rng(0).normal(size=(960, 16)).astype("f4")
         data = lsgd.shard(tf.data.Dataset.from_tensor_slices((rows, rows.sum(1, keepdims=True)))).batch(16)
+    if folder is not None:
+        callbacks.append(lsgd.LocalSGDCheckpoint(folder, 1))
     history = model.fit(data, epochs=4, verbose=0, callbacks=[*callbacks, count])
     print(f"batches in each epoch: {batches}", flush=True)
     return np.concatenate([v.ravel() for v in model.get_weights()]), history.history["loss"][-1]

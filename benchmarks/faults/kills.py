@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import report
 
+from hvd_localsgd.core.checkpoints import Folder
 from hvd_localsgd.tools import launch
 
-PLACES = ("begin", "steps", "header", "pack", "allreduce", "outer", "flight", "epoch_end", "train_end", "after")
+PLACES = (
+    "begin",
+    "steps",
+    "header",
+    "pack",
+    "allreduce",
+    "outer",
+    "flight",
+    "checkpoint",
+    "epoch_end",
+    "train_end",
+    "after",
+)
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"outer": "slowmo"},
@@ -59,8 +73,14 @@ def scenario(number: int) -> dict[str, Any]:
 
 def attempt(case: dict[str, Any]) -> dict[str, Any]:
     """One job; what became of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _attempt(case, folder if case["place"] == "checkpoint" else None)
+
+
+def _attempt(case: dict[str, Any], folder: str | None) -> dict[str, Any]:
     arguments = [each for kill in case["kills"] for each in ("--kill", kill)]
     arguments += ["--front-end", case["front_end"], "--options", json.dumps(case["options"])]
+    arguments += ["--checkpoints", folder] if folder is not None else []
     program = [sys.executable, str(Path(__file__).with_name("dying.py")), *arguments]
     line, environment = launch.command(case["ranks"], program)
     line[1:1] = ["--with-ft", "ulfm"]
@@ -77,7 +97,9 @@ def attempt(case: dict[str, Any]) -> dict[str, Any]:
     ends = re.findall(r"rank (\d) ended as \d of \d: same=True finite=True", output)
     alive = set(map(str, range(case["ranks"]))) - {kill.split(":")[0] for kill in case["kills"]}
     hung = time.monotonic() - began > HANGS
-    good = not hung and process.returncode == 0 and alive <= set(ends)
+    good = (
+        not hung and process.returncode == 0 and alive <= set(ends) and (folder is None or is_whole(folder, len(alive)))
+    )
     seconds = [float(each) for each in re.findall(r"go on after ([\d.]+) s", output)]
     return {
         **case,
@@ -88,6 +110,14 @@ def attempt(case: dict[str, Any]) -> dict[str, Any]:
         "wall_s": time.monotonic() - began,
         "output": "" if good else output[-8000:],
     }
+
+
+def is_whole(path: str, ranks: int) -> bool:
+    """Whether the latest checkpoint is of so many ranks, and all of it can be read."""
+    folder = Folder(path, 0)
+    number, _ = folder.found()["rounds"][-1]
+    manifest = folder.manifest(number)
+    return manifest["ranks"] == ranks and all(folder.read(manifest, rank) for rank in range(ranks))
 
 
 def main() -> int:

@@ -293,7 +293,8 @@ def test_a_training_that_has_ended_goes_on_with_more(lsgd, folder):
 
 
 def test_only_so_many_are_kept_and_the_last_is_complete(lsgd, folder, gather):
-    Loop(lsgd, folder, rounds=1)
+    for steps in (10, 20, 30, 40):  # each life ends with one
+        Loop(lsgd, folder, steps=steps, rounds=1)
     gather(0)
     kept = sorted(name for name in os.listdir(folder) if name.startswith("round"))
     assert len(kept) == 3
