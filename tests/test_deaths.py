@@ -79,7 +79,7 @@ def test_on_failure_abort_ends_the_job():
     result = train(3, "1:allreduce:0", options={"on_failure": "abort"})
     assert result.status != 0, result.output
     assert "ended as" not in result.output
-    assert re.search(r"hvd_localsgd: .*rank 1 on \S+ has died", result.output), result.output
+    assert re.search(r"rank 1 on \S+ has died\. Under on_failure", result.output), result.output
 
 
 def test_a_rank_that_hangs_is_given_up_and_killed():

@@ -149,6 +149,10 @@ class Communicator(ABC):
         """Whether every rank says that all is well, and none has died; the same on all that are left."""
         return well
 
+    def dead(self, seconds: float) -> list[int]:
+        """The ranks that this one knows to have died, waiting for so long to know of any. Not collective."""
+        return []
+
     def shrink(self) -> list[int]:
         """Become the communicator of the ranks that are left, in place; their numbers before, in order."""
         raise CommunicatorError(f"communicator {self.name!r} cannot go on without a rank that has died.")

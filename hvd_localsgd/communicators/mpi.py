@@ -233,14 +233,21 @@ class MPICommunicator(Communicator):
                 comm.Revoke()
 
     def _died(self) -> RankDied:
-        """In words: whom this rank knows to be dead, which need not be all."""
-        dead: list[int] = []
-        with contextlib.suppress(self._mpi.Exception):
-            group, failed = self._comm.Get_group(), self._comm.Get_failed()
-            dead = self._mpi.Group.Translate_ranks(failed, None, group) if failed.size else []
-        names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in dead if 0 <= rank < self.size)
         self._revoke()
-        return RankDied(f"{names or 'a rank'} has died (seen on rank {self.rank} on {self.host})")
+        return RankDied(f"a rank has died (seen on rank {self.rank} on {self.host})")
+
+    def dead(self, seconds: float) -> list[int]:
+        """Whom this rank knows to be dead; who has heard of it from another may have to wait for MPI to know as well."""
+        end = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(self._mpi.Exception):
+                failed = self._comm.Get_failed()
+                if failed.size:
+                    ranks = self._mpi.Group.Translate_ranks(failed, None, self._comm.Get_group())
+                    return [rank for rank in ranks if 0 <= rank < self.size]
+            if time.monotonic() > end:
+                return []
+            time.sleep(_LONGEST_PAUSE)
 
     def abort(self, status: int) -> None:
         """MPI_Abort: the launcher stops every other rank, and returns the status.

@@ -11,6 +11,7 @@ from hvd_localsgd.core import failures
 from hvd_localsgd.core.agreement import where
 from hvd_localsgd.errors import RankDied, RankFailed
 
+_KNOWN_SECONDS = 2.0  # in which MPI knows who died
 _Result = TypeVar("_Result")
 
 
@@ -62,7 +63,8 @@ class Survivors:
         """
         communicator = self._communicator
         if not self.go_on:
-            raise RankFailed(f"{death}. Under on_failure='continue' the others would go on.") from death
+            who = where(communicator.dead(_KNOWN_SECONDS), communicator.hosts) or "a rank"
+            raise RankFailed(f"{who} has died. Under on_failure='continue' the others would go on.") from death
         began = time.perf_counter()
         if not death.all_know:
             communicator.agree(False)
