@@ -141,7 +141,7 @@ averager = lsgd.ModelAverager([np.ones(3)], 2)
 averager.begin()
 child = os.fork()
 if child == 0:
-    for call in (lambda: communicator.allreduce(np.ones(1)), averager.finish, communicator.abort):
+    for call in (lambda: communicator.allreduce(np.ones(1)), averager.finish, lambda: communicator.abort(1)):
         try:
             call()
         except lsgd.CommunicatorError as error:
