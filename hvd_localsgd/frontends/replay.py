@@ -36,7 +36,9 @@ def skip(
         before()
         remaining = every()
         for _ in range(0, seen, batches.steps_per_execution):
-            _take(next(remaining), batches.steps_per_execution)
+            if (entry := next(remaining, None)) is None:
+                break  # with other ranks the number of batches is an estimate
+            _take(entry, batches.steps_per_execution)
         if over:
             next(remaining, None)  # the end, where data may be shuffled
         after()
