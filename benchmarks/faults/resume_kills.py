@@ -56,8 +56,11 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def holds(output: str) -> list[str]:
-    """What the ranks say that they hold, by rank; empty if they have not come to the end."""
-    return sorted(re.findall(r"rank \d+ holds [^\n]*", output))
+    """What the ranks say that they hold, by rank; empty if they have not come to the end.
+
+    mpirun may put what two of them say on one line.
+    """
+    return sorted(re.findall(r"rank \d+ holds .*?(?=rank \d+ holds|\n|$)", output))
 
 
 def latest(folder: Path) -> int:
