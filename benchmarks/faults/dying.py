@@ -100,14 +100,7 @@ def main() -> None:
         weights, loss = averager(x, y, settings, arguments.checkpoints)
     else:
         weights, loss = keras_fit(arguments.front_end, x, y, settings, arguments.shard, arguments.checkpoints)
-    others = Survivors(communicator, True)
-
-    def digests() -> set[bytes]:
-        found = set(communicator.gather(hashlib.sha256(weights.tobytes()).digest()))
-        others.agree()
-        return found
-
-    same = len(others.repeat(digests)) == 1
+    same = len(set(Survivors(communicator, True).gather(hashlib.sha256(weights.tobytes()).digest()))) == 1
     finite = bool(np.isfinite(weights).all() and np.isfinite(loss))
     print(f"rank {me} ended as {lsgd.rank()} of {lsgd.size()}: same={same} finite={finite} loss={loss:.5f}", flush=True)
 

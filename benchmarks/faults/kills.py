@@ -93,13 +93,13 @@ def _attempt(case: dict[str, Any], folder: str | None) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)  # mpirun then ends the ranks
         output, _ = process.communicate()
-    # A rank that is killed as it ends may have said so before.
     ends = re.findall(r"rank (\d) ended as \d of \d: same=True finite=True", output)
-    alive = set(map(str, range(case["ranks"]))) - {kill.split(":")[0] for kill in case["kills"]}
+    dead = {kill.split(":")[0] for kill in case["kills"]}
+    alive = set(map(str, range(case["ranks"]))) - dead
+    killed = case["place"] == "after" or not dead & set(ends)  # who is killed as it ends may have said so before
     hung = time.monotonic() - began > HANGS
-    good = (
-        not hung and process.returncode == 0 and alive <= set(ends) and (folder is None or is_whole(folder, len(alive)))
-    )
+    ended = not hung and process.returncode == 0 and alive <= set(ends)
+    good = killed and ended and (folder is None or is_whole(folder, len(alive)))
     seconds = [float(each) for each in re.findall(r"go on after ([\d.]+) s", output)]
     return {
         **case,

@@ -89,9 +89,8 @@ class Communicator(ABC):
     members: list[int]  # what number each rank had then
     resilient = False  # whether the others can go on when a rank dies: then calls raise RankDied
     generation = 0  # how often it has shrunk: sub-groups made before are lost
-    seen: Callable[[Any], str] = staticmethod(
-        lambda row: ""
-    )  # in words, what a row that was exchanged says of where a rank is
+    # What a row that was exchanged says of where a rank is, in words.
+    seen: Callable[[Any], str] = staticmethod(lambda row: "")
     threads = True  # whether two threads may call at the same moment, each a communicator of its own
     beside = False  # whether a thread calls it beside the one that trains: waiting gives the core to others
     takes_tensors = False  # whether ``allreduce`` takes tensors too, and would rather have them: they may be on a GPU

@@ -175,9 +175,5 @@ class Averages:
         """Training has ended on all ranks, which all get everybody's totals (collective)."""
         self._pipeline.finish()
         self._record(0)
-        self.timings.totals = self.survivors.repeat(self._exchange_totals)
-
-    def _exchange_totals(self) -> list[dict[str, Any]]:
-        entries = self._coordination.communicator.gather(json.dumps(self.timings.sums()).encode())
-        self.survivors.agree()
-        return [json.loads(entry) for entry in entries]
+        entries = self.survivors.gather(json.dumps(self.timings.sums()).encode())
+        self.timings.totals = [json.loads(entry) for entry in entries]

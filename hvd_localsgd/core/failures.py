@@ -92,8 +92,7 @@ def begin(trainer: Trainer) -> None:
             two models of the same shape would meet; so both of this rank's end.
     """
     if trainer.communicator.size > 1:
-        others = [each for each in _process.training.values() if each.communicator is trainer.communicator]
-        _process.threads |= any(each.thread != trainer.thread for each in others)
+        _process.threads |= any(each.thread != trainer.thread for each in _in_training(trainer.communicator))
     _check_one_thread(trainer)
     _check_one_lands(trainer)
     _process.goes_on |= trainer.goes_on
@@ -126,15 +125,18 @@ def number(communicator: Any) -> int:
 
 def trainer(communicator: Any, number: int) -> Trainer | None:
     """The one with that number, if the others count on it."""
-    training = _process.training.values()
-    return next((each for each in training if each.communicator is communicator and each.number == number), None)
+    return next((each for each in _in_training(communicator) if each.number == number), None)
 
 
 def survived(communicator: Any, left: Sequence[int]) -> None:
     """For all trainers on this communicator, as ``Trainer.survived``."""
-    for each in _process.training.values():
-        if each.communicator is communicator:
-            each.survived(left)
+    for each in _in_training(communicator):
+        each.survived(left)
+
+
+def _in_training(communicator: Any) -> list[Trainer]:
+    """Those on this communicator that the others count on."""
+    return [each for each in _process.training.values() if each.communicator is communicator]
 
 
 @contextlib.contextmanager
@@ -182,9 +184,7 @@ def _check_one_thread(trainer: Trainer) -> None:
 
 def _check_one_lands(trainer: Trainer) -> None:
     """Ranks wait for each other as an average lands, where some may die: not while others wait for them in another model's sync."""
-    others = [
-        each for each in _process.training.values() if each.communicator is trainer.communicator and each is not trainer
-    ]
+    others = [each for each in _in_training(trainer.communicator) if each is not trainer]
     if others and any(each.goes_on and each.overlaps for each in (trainer, *others)):
         raise RuntimeError(
             "overlap with on_failure='continue' is for one model at a time, where ranks may die (mpirun --with-ft ulfm): let one training end "

@@ -18,10 +18,7 @@ HEADER = np.dtype(
         ("total", np.int64),  # local steps since training began
         ("brought", np.int64),  # when training begins: steps that the optimizer has taken in another process
         ("samples", np.float64),  # samples those steps saw
-        (
-            "recent",
-            np.int64,
-        ),  # local steps that are not in all of the model's averages yet: more, with fragments or groups
+        ("recent", np.int64),  # local steps not yet in all of the model's averages: more, with fragments or groups
         ("recent_samples", np.float64),  # likewise
         ("updates", np.int64),  # steps that the optimizer has taken in its life, when training begins; 0: nobody asked
         ("due", np.bool_),  # this rank's round is over, or has to end here

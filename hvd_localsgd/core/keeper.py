@@ -322,14 +322,7 @@ class Checkpoints(Keeper):
 
     def _gather(self, word: str) -> list[str]:
         """Every rank's (collective)."""
-        survivors = self._averages.survivors
-
-        def exchange() -> list[bytes]:
-            entries = self._communicator.gather(word.encode())
-            survivors.agree()
-            return entries
-
-        return [entry.decode() for entry in survivors.repeat(exchange)]
+        return [entry.decode() for entry in self._averages.survivors.gather(word.encode())]
 
     def _leave(self) -> None:
         self.requests.ignore()

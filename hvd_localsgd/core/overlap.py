@@ -116,9 +116,8 @@ class Overlapped(Pipeline):
             for start in range(first, last, _STRETCH):
                 stretch = slice(start, min(start + _STRETCH, last))
                 array, wire = arrays[index][stretch], blocks[index].wire
-                if blocks[
-                    index
-                ].kind.plain:  # a variance or a second moment could become negative: they are as they come
+                # A variance or a second moment could become negative: they are as they come.
+                if blocks[index].kind.plain:
                     array[:] = average[index][stretch]
                 else:
                     array[:] = average[index][stretch] + (array.astype(wire) - started[index][stretch])

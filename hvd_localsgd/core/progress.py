@@ -64,7 +64,8 @@ class Progress:
 
     def begin_round(self, now: Now, interval: int) -> None:
         """The steps of the last round are behind us."""
-        self._before = replace(self, earlier=self.earlier.copy(), _before=None)
+        if self.landing:  # its average may be lost
+            self._before = replace(self, earlier=self.earlier.copy(), _before=None)
         self.last = now
         if now.whole:
             self.earlier.clear()

@@ -224,14 +224,11 @@ class Together:
         return self.communicator.rank
 
     def start(self) -> None:
-        """Nothing is kept."""
-
-    def _group(self) -> int:
-        """Which one this rank belongs to, which changes if others are lost."""
-        if self.settings.groups is None:
-            return 0
-        ranks = self.settings.groups.of_ranks(self.communicator)
-        return next(number for number, group in enumerate(ranks) if self.communicator.rank in group)
+        """Which group this rank belongs to."""
+        self._group, self._generation = 0, self.communicator.generation
+        if self.settings.groups is not None:
+            ranks = self.settings.groups.of_ranks(self.communicator)
+            self._group = next(number for number, group in enumerate(ranks) if self.communicator.rank in group)
 
     def together(self, trainer: Trainer) -> AbstractContextManager[None]:
         """All ranks are in it."""
@@ -240,7 +237,9 @@ class Together:
     def decide(self, own: np.ndarray, last: Now | None) -> Decision:
         """On the headers of all, once all are about the same model."""
         while True:
-            own["group"] = self._group()
+            if self._generation != self.communicator.generation:
+                self.start()  # others were lost
+            own["group"] = self._group
             table = exchange(self.communicator, own)
             check_same_place(self.communicator, table, beginning=False)
             if (table["engine"] == own["engine"]).all():

@@ -55,6 +55,20 @@ class Survivors:
             except RankDied as death:
                 self.recover(death)
 
+    def gather(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank that is left, in order of rank (collective).
+
+        Raises:
+            RankFailed: as ``repeat``.
+        """
+
+        def call() -> list[bytes]:
+            entries = self._communicator.gather(data)
+            self.agree()
+            return entries
+
+        return self.repeat(call)
+
     def recover(self, death: RankDied) -> None:
         """Without the dead (collective).
 
@@ -77,7 +91,7 @@ class Survivors:
             seconds = time.perf_counter() - began
             print(
                 f"hvd_localsgd: {names} died; {communicator.size} of {communicator.began} ranks go on after {seconds:.3f} s. What it was "
-                "training on is not seen any more.",
+                "training on is not seen any more, unless shard() has dealt out a Dataset.",
                 file=sys.stderr,
                 flush=True,
             )

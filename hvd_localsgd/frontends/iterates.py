@@ -129,12 +129,6 @@ class IterateAverage(keras.callbacks.Callback):
         averager = ModelAverager(self._averages, 1, weighting="samples", broadcast=False, on_failure=on_failure)
         averager.step(samples=self._sum)
         averager.finish()
-        survivors = Survivors(communicator, failures.may_die())
-
-        def sums() -> list[float]:
-            entries = communicator.gather(repr(self._sum).encode())
-            survivors.agree()
-            return [float(entry) for entry in entries]
-
         # In the sum over ranks every rank's part is now the same, so that it can go on.
-        self._sum = float(np.mean(survivors.repeat(sums)))
+        sums = Survivors(communicator, failures.may_die()).gather(repr(self._sum).encode())
+        self._sum = float(np.mean([float(entry) for entry in sums]))
