@@ -96,7 +96,9 @@ for i in $(seq 300); do
   state=$(scontrol show job $id | grep -o 'JobState=[A-Z]*')
   case $state in
     *COMPLETED) exit 0;;
-    *PENDING) grep -q ended {folder}/out && scontrol update JobId=$id StartTime=now 2>/dev/null; scontrol release $id 2>/dev/null || true;;
+    # SLURM waits two minutes, for what is left of the first life to end: some seconds are needed.
+    *PENDING) grep -q ended {folder}/out && sleep 5 && scontrol update JobId=$id StartTime=now 2>/dev/null && sleep 5;;
+    *FAILED) exit 3;;
   esac
   sleep 0.5
 done
