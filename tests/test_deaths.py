@@ -3,11 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from hvd_localsgd.core.checkpoints import Folder
 
 from . import launched
+from .programs import dying_sequence, steps
 
 PYTHON = launched.ROOT / ".venv-ulfm" / "bin" / "python"
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="there is no Open MPI 5: make .venv-ulfm/ready")
@@ -15,27 +17,17 @@ ENVIRONMENT = {f"{prefix}_ALLOW_RUN_AS_ROOT{end}": "1" for prefix in ("OMPI", "P
 ENVIRONMENT |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 
 
+def start(ranks, program, *arguments, environment=None):
+    mpirun = f"{PYTHON.with_name('mpirun')} --with-ft ulfm --oversubscribe --bind-to none".split()
+    return launched.start(
+        [*mpirun, "-np", str(ranks), str(PYTHON), program, *arguments], 150, {**ENVIRONMENT, **(environment or {})}
+    )
+
+
 def train(ranks, *kills, front_end="averager", options=None, more=(), environment=None):
-    line = [
-        str(PYTHON.with_name("mpirun")),
-        "--with-ft",
-        "ulfm",
-        "--oversubscribe",
-        "--bind-to",
-        "none",
-        "-np",
-        str(ranks),
-    ]
-    line += [
-        str(PYTHON),
-        "benchmarks/faults/dying.py",
-        "--front-end",
-        front_end,
-        "--options",
-        json.dumps(options or {}),
-    ]
-    line += [part for kill in kills for part in ("--kill", kill)]
-    return launched.start([*line, *more], 150, {**ENVIRONMENT, **(environment or {})})
+    arguments = ["--front-end", front_end, "--options", json.dumps(options or {})]
+    arguments += [part for kill in kills for part in ("--kill", kill)]
+    return start(ranks, "benchmarks/faults/dying.py", *arguments, *more, environment=environment)
 
 
 def assert_survived(result, ranks, size):
@@ -61,6 +53,23 @@ def test_the_others_go_on_with_the_same_weights(case):
     kills, more = CASES[case]
     result = train(3, *kills, **more)
     assert_survived(result, sorted({0, 1, 2} - {int(kill[0]) for kill in kills}), 2)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_what_is_left_is_what_numpy_says(number):
+    """Any steps and sync times, two models, one to three of four ranks that die in any step."""
+    result = start(dying_sequence.RANKS, "tests/programs/dying_sequence.py", str(number))
+    assert result.status == 0, result.output
+    counts, times, kills = dying_sequence.drawn(number)
+    held = {int(rank): json.loads(text) for rank, text in re.findall(r"rank (\d) holds (\{.*?\}) \.", result.output)}
+    assert sorted(held) == sorted(set(range(len(counts))) - {rank for rank, _ in kills}), result.output
+    for model, every in enumerate(times):
+        expected = steps.simulated(counts, model, dying_sequence.SHAPES, "float64", every, died=kills)
+        for found in held.values():
+            assert found["size"] == len(held)
+            for array, value in zip(found["values"][model], expected, strict=True):
+                np.testing.assert_allclose(np.reshape(array, value.shape), value, rtol=1e-12, atol=1e-12)
+    assert len({json.dumps(found["values"]) for found in held.values()}) == 1
 
 
 def test_two_die_one_after_another_and_the_optimizer_goes_on():
