@@ -71,11 +71,35 @@ def test_an_error_on_every_rank(what):
 
 
 def test_a_schedule_that_exits_inside_a_graph_ends_the_job_with_its_status():
-    """In the middle of a sync: nobody can be told."""
+    """In the middle of a sync, after which the others are told."""
     result = launched.mpirun(2, "tests/programs/failing_program.py", "optimizer_schedule_exits", timeout=90)
     assert result.status == 3, result.output
     assert "not reached" not in result.output, result.output
     assert error_lines(result.output, r"ends the job \(RuntimeError\)", 1), result.output
+    assert error_lines(result.output, r"ends: rank 1 on .* \(exit status 3\)", 0), result.output
+
+
+LOOPS = {
+    "raises": (1, r"ends the job \(ValueError\)", "failed: ValueError: trouble in a loop"),
+    "schedule_raises": (1, r"ends the job \(ValueError\)", "failed: ValueError: trouble in a schedule"),
+    "exits": (3, r"ends the job \(RuntimeError\)", r"the process ended in the middle of training \(exit status 3\)"),
+    "interrupts": (130, r"ends the job \(KeyboardInterrupt\)", "failed: KeyboardInterrupt$"),
+}
+
+
+@pytest.mark.parametrize("front", ["averager", "optimizer"])
+@pytest.mark.parametrize("what", LOOPS)
+def test_a_loop_that_fails_ends_on_all_ranks(front, what):
+    """``ModelAverager``, and the optimizer without fit."""
+    status, own, others = LOOPS[what]
+    result = launched.mpirun(2, "tests/programs/failing_loop.py", front, what, timeout=90, environment=QUIET)
+    assert result.status == status, result.output
+    assert "not reached" not in result.output, result.output
+    assert error_lines(result.output, own, 1), result.output
+    assert error_lines(result.output, f"ends: rank 1 on .*{others}", 0), result.output
+    assert "caught RankFailed" in result.output, result.output
+    shown = [rank for rank in (0, 1) if error_lines(result.output, "Traceback", rank)]
+    assert shown == ([] if what == "exits" else [1]), result.output
 
 
 @pytest.mark.parametrize("what", ["dies", "overlap_killed"])

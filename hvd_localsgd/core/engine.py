@@ -65,6 +65,8 @@ class LocalSGD:
             table, moved = self._survivors.repeat(lambda: self._start(own, description))
         table["total"] = table["total"][0]
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
+        if decision.trouble is not None:
+            raise decision.trouble
         self.progress.begin(decision.now, int(decision.intervals[0]), self._settings.syncs_per_average)
         self._timings.begin(self.communicator.rank)
         self.keeper.begin(self.progress, self._averages)
@@ -107,7 +109,9 @@ class LocalSGD:
             messages = self._survivors.repeat(lambda: self._exchange_messages(decision, message))
             self.keeper.see(decision)
             self.keeper.take()
-            return messages
+        if decision.trouble is not None:
+            raise decision.trouble
+        return messages
 
     def meet(self, position: float, message: bytes = b"") -> list[bytes]:
         """Take part in syncs until every rank has come to ``position``; then exchange messages."""

@@ -267,7 +267,7 @@ def _leave() -> None:
     if (error := getattr(sys, "last_value", None)) is not None and not _process.failed:
         end_job(communicator, error)  # somebody else's excepthook has shown it
     for trainer in list(_process.training.values()):
-        if not trainer.finish_at_exit:
+        if not trainer.finish_at_exit or _process.status:
             end_job(trainer.communicator, RuntimeError(f"the process ended in the middle of training{_with_status()}"))
         try:
             trainer.count_pending()

@@ -90,11 +90,12 @@ def tell_failure(communicator: Any, error: BaseException, timeout: float) -> boo
     except TimeoutError:
         return False
     name = f"rank {communicator.rank} on {communicator.host}"
-    communicator.gather(f"{name} failed: {type(error).__name__}: {_in_a_line(error)}".encode())
+    communicator.gather(f"{name} failed: {_in_a_line(error)}".encode())
     return True
 
 
 def _in_a_line(error: BaseException) -> str:
-    """Of a framework's error, which has the traceback of another inside, what that one says."""
+    """Its kind, and what it says: of a framework's error, which has the traceback of another inside, what that one says."""
     words, inside, _ = str(error).partition("\nTraceback (most recent call last)")
-    return " ".join((words.splitlines()[-1] if inside and words else words).split())
+    line = " ".join((words.splitlines()[-1] if inside and words else words).split())
+    return ": ".join(filter(None, (type(error).__name__, line)))

@@ -22,6 +22,7 @@ class Progress:
 
     Attributes:
         steps, samples: of the round.
+        recorded: how many of its steps are in the record of an earlier round, whose average was lost.
         total: local steps before the round, since training began.
         earlier: steps and samples of the rounds before it that are not in all of the model's averages yet.
         interval: H of the round.
@@ -39,6 +40,7 @@ class Progress:
 
     steps: int = 0
     samples: float = 0.0
+    recorded: int = 0
     total: int = 0
     earlier: deque[tuple[int, float]] = field(default_factory=deque)
     interval: int = 0
@@ -58,7 +60,7 @@ class Progress:
         """A training of its own; steps are counted on from ``now``'s. ``several``: syncs in which the whole model is averaged."""
         self.earlier, self.landing = deque(maxlen=several - 1), 0
         self.total, self.last, self.began, self.sync = now.step, now, time.perf_counter(), 0.0
-        self.steps, self.samples, self.interval = 0, 0.0, interval
+        self.steps, self.samples, self.recorded, self.interval = 0, 0.0, 0, interval
         self.position = self.reached = 0.0
         self.pace, self.wants_stop, self.stopping = 0.0, False, False
 
@@ -72,13 +74,14 @@ class Progress:
         else:
             self.earlier.append((self.steps, self.samples))
         self.total += self.steps
-        self.steps, self.samples, self.interval = 0, 0.0, interval
+        self.steps, self.samples, self.recorded, self.interval = 0, 0.0, 0, interval
 
     def take_back(self) -> None:
         """The average that the last round has sent will not come: its steps are this round's too."""
         before = self._before
         assert before is not None
         self.steps, self.samples = self.steps + before.steps, self.samples + before.samples
+        self.recorded = before.steps
         self.total, self.earlier, self.interval = before.total, before.earlier, before.interval
         self.last, self.landing = before.last, 0
 
@@ -132,12 +135,13 @@ class Progress:
         if alike:
             self.earlier.extend((steps, samples) for steps, samples in earlier)
             return
-        self.steps, self.samples, self.pace, self.landing = 0, 0.0, 0.0, 0
+        self.steps, self.samples, self.recorded, self.pace, self.landing = 0, 0.0, 0, 0.0, 0
         self.last = None if self.last is None else replace(self.last, tracks=())
 
     def round(self) -> dict[str, int]:
         """The steps of this round, for its record."""
-        return {"first_step": self.total + 1, "last_step": self.total + self.steps, "steps": self.steps}
+        first = self.total + self.recorded + 1
+        return {"first_step": first, "last_step": self.total + self.steps, "steps": self.steps - self.recorded}
 
     def fields(self) -> dict[str, Any]:
         """For the header."""

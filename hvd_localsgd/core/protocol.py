@@ -45,6 +45,7 @@ class Decision:
         staleness: asynchronously, syncs of others since this rank last read the average.
         asked: some rank has been asked to end.
         written: every rank's file of the last checkpoint is on the disk.
+        trouble: what the schedule raised on this rank, when there was no telling the others; to be raised when there is.
     """
 
     now: Now
@@ -58,6 +59,7 @@ class Decision:
     goes_on: bool = True
     asked: bool = False
     written: bool = False
+    trouble: BaseException | None = None
 
 
 def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> Decision:
@@ -70,7 +72,11 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
     """
     now = _now(table, settings).after(last)
     now = _what_is_due(table, settings, now, last)
-    now = replace(now, next=_interval(settings, now))
+    trouble = None
+    try:
+        now = replace(now, next=_interval(settings, now))
+    except BaseException as error:  # sys.exit as well: the others are on their way into the average
+        now, trouble = replace(now, next=1), error
     weights = _weights(table, settings, now.world)
     if settings.guard is not None and weights.any():
         weights, tracks = settings.guard.weigh(weights, table["norm"], now.tracks)
@@ -86,6 +92,7 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
         goes_on=bool(table["finite"].any()),
         asked=bool(table["asked"].any()),
         written=bool(table["written"].all()),
+        trouble=trouble,
     )
 
 
