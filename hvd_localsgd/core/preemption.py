@@ -40,7 +40,9 @@ class Requests:
             self._before[number] = signal.signal(number, self._note)
 
     def ignore(self) -> None:
-        """As it was before; where somebody else has taken a signal meanwhile, as it is."""
+        """As it was before; where somebody else has taken a signal meanwhile, as it is. Only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)

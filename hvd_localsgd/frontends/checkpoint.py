@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 from keras.callbacks import Callback
@@ -55,6 +56,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
         max_minutes: float | None = None,
     ) -> None:
         Callback.__init__(self)
+        self._fit: weakref.finalize[..., Any] | None = None
         super().__init__(folder, every_rounds, keep=keep, exit_status=exit_status, max_minutes=max_minutes)
 
     # What Keras calls.
@@ -63,6 +65,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
         """Goes on from what there is, on all ranks from the same."""
         self._front = self._find()
         self._batch_iterator = frames.caller_local("epoch_iterator")
+        self._listen_as_long_as_fit_lives(self._batch_iterator)
         self._begun = self._ended = False
         self._first_epoch: int | None = None
         self._now: dict[str, Any] = {"epoch": 0, "batches": 0, "over": False}
@@ -85,6 +88,7 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
         else:
             self._now |= {"batches": 0, "over": False}
             self._drawn = drawn()
+        self._batch_iterator = None
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """An optimizer's sync was inside the step: what it has asked for is done now."""
@@ -107,6 +111,12 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
             with failures.together(None):
                 self.finish()
         self.requests.ignore()
+
+    def _listen_as_long_as_fit_lives(self, iterator: Any) -> None:
+        """No callback hears of a ``fit`` that ends by an error, but its iterator goes with it."""
+        if self._fit is not None:
+            self._fit.detach()
+        self._fit = weakref.finalize(iterator, self.requests.ignore) if iterator is not None else None
 
     # What is kept.
 

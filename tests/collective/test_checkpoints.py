@@ -1,5 +1,6 @@
 """A training that ends in the middle goes on as if it had not: the same bits. Here one process ends and begins it; others do in tests/test_resuming.py."""
 
+import gc
 import os
 import signal
 
@@ -375,3 +376,20 @@ def test_async_cannot_be_kept(lsgd, folder):
 def test_what_is_out_of_range_is_echoed(wrong, folder):
     with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be .*Received: {next(iter(wrong.values()))}"):
         Checkpoints(folder, **wrong)
+
+
+@pytest.mark.alone
+def test_a_fit_that_fails_leaves_signals_as_they_were(lsgd, folder):
+    class Fail(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            assert signal.getsignal(signal.SIGTERM) is not before
+            raise ValueError("mine")
+
+    before = signal.getsignal(signal.SIGTERM)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    callbacks = [lsgd.LocalSGDCallback(sync_every=4), lsgd.LocalSGDCheckpoint(folder), Fail()]
+    with pytest.raises(ValueError, match="mine"):
+        model.fit(*arrays(0, 32), batch_size=4, verbose=0, callbacks=callbacks)
+    gc.collect()  # the error has held fit's frame
+    assert signal.getsignal(signal.SIGTERM) is before
