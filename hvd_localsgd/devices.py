@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 
-from hvd_localsgd.communicators import choose, launchers, stalls
+from hvd_localsgd.communicators import choose, stalls
 from hvd_localsgd.communicators.base import Communicator
+from hvd_localsgd.communicators.launchers import children, detect
 from hvd_localsgd.core import failures
 
 _ready: Communicator | None = None
@@ -44,6 +45,8 @@ def get(communicator: str = "auto") -> Communicator:
         failures.install(chosen)
         if chosen.size > 1:
             _take_own_devices(chosen)
+        elif hint := detect().hint:
+            warnings.warn(hint, stacklevel=3)
     return chosen
 
 
@@ -69,9 +72,9 @@ def local_size() -> int:
 
 def _asked() -> Communicator:
     """``get``, for somebody who may deal out data by what it says."""
-    communicator, starter = get(), launchers.starter()
+    communicator, starter = get(), children.starter()
     # A worker that imports the script again asks because the script does; what it says is of no consequence.
-    if starter and starter[1] > 1 and not launchers.importing_main_again():
+    if starter and starter[1] > 1 and not children.importing_main_again():
         warnings.warn(
             f"A process that was started by rank {starter[0]} of {starter[1]} is no rank itself: rank() is 0 and size() is 1 "
             "here. If its data depend on them, ask in the rank and hand them over, for example as an attribute of the "

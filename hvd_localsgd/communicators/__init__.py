@@ -8,6 +8,7 @@ from typing import Any
 
 from hvd_localsgd.communicators import launchers
 from hvd_localsgd.communicators.base import Communicator
+from hvd_localsgd.communicators.launchers import children
 
 _current: Communicator | None = None
 _chosen_by = 0  # which process: a forked child inherits the choice
@@ -33,12 +34,12 @@ def choose(name: str = "auto") -> Communicator:
         name = os.environ.get("HVD_LOCALSGD_COMMUNICATOR", "auto")
     if name != "auto" and name not in makers:
         raise ValueError(f"communicator must be 'auto', 'mpi', 'horovod' or 'serial'. Received: {name!r}")
-    if forked or launchers.is_child():
+    if forked or children.is_child():
         name = "serial"
     if _current is None or forked:
         _current, _chosen_by = makers[_automatic() if name == "auto" else name](), os.getpid()
-        if _current.name != "serial":
-            launchers.joined(_current.rank, _current.size)
+        if _current.name != "serial" and launchers.under_launcher():
+            children.joined(_current.rank, _current.size)
     elif name not in ("auto", _current.name):
         raise ValueError(
             f"communicator={name!r} was asked for, but {_current.name!r} is in use already: call "

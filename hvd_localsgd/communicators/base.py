@@ -160,6 +160,10 @@ class Communicator(ABC):
         """One-sided memory with ``values`` in it, the same on every rank; a stretch lies on each."""
         raise CommunicatorError(f"mode='async' needs one-sided MPI; communicator {self.name!r} has none. Use 'mpi'.")
 
+    def about(self) -> dict[str, Any]:
+        """What is to be known of the library behind it, as JSON has it. Not collective."""
+        return {}
+
     @abstractmethod
     def abort(self, status: int) -> None:
         """End the whole job with this status, 1 to 255. Not collective; does not return where size > 1."""

@@ -144,6 +144,10 @@ class HorovodCommunicator(Communicator):
                 ) from error
         return self._process_sets[tuple(ranks)]
 
+    def about(self) -> dict[str, Any]:
+        """What it was built with."""
+        return {"built_with": built_with()}
+
     def abort(self, status: int) -> None:
         """The launcher stops all others when one process ends with an error."""
         os._exit(status)
@@ -154,6 +158,18 @@ class HorovodCommunicator(Communicator):
                 return self._hvd.grouped_allgather([self._tf.constant(raw)], process_set=self._set)[0].numpy()
             name = f"hvd_localsgd.{what}.{self._set.process_set_id}"
             return self._hvd.allgather(self._tf.constant(raw), name=name, process_set=self._set).numpy()
+
+
+def built_with() -> list[str]:
+    """What the Horovod of this environment can use, loading it and TensorFlow but joining nobody.
+
+    Raises:
+        ImportError, OSError: it does not fit this TensorFlow; or what TensorFlow raises then.
+    """
+    import horovod.tensorflow as hvd
+
+    parts = {"MPI": hvd.mpi_built, "Gloo": hvd.gloo_built, "NCCL": hvd.nccl_built, "CUDA": hvd.cuda_built}
+    return [name for name, built in parts.items() if built()]
 
 
 def tf_errors() -> type[BaseException]:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import sys
 import threading
 import time
@@ -18,9 +19,9 @@ import numpy as np
 
 from hvd_localsgd.communicators import base
 from hvd_localsgd.communicators.base import Communicator, OfThisProcess, SharedVector
-from hvd_localsgd.communicators.launchers import launched_size
+from hvd_localsgd.communicators.launchers import detect, slurm
 from hvd_localsgd.communicators.stalls import Stalls
-from hvd_localsgd.errors import CommunicatorError, RankDied
+from hvd_localsgd.errors import INSTALL_MPI, CommunicatorError, RankDied
 
 _ULFM = "OMPI_MCA_mpi_ft_enable"  # which mpirun --with-ft ulfm sets
 _SPIN_SECONDS = 2e-3
@@ -58,30 +59,22 @@ class MPICommunicator(Communicator):
 
     def __init__(self) -> None:
         too_late = not _prepare_loading()
-        try:
-            from mpi4py import MPI
-        except ImportError as error:
-            raise CommunicatorError(
-                f"MPI cannot be loaded ({error}). Load your cluster's MPI module, or install one as a wheel: "
-                "pip install 'hvd-localsgd[mpi]'."
-            ) from error
-        except RuntimeError as error:
-            raise CommunicatorError(
-                f"mpi4py found no MPI library ({str(error).splitlines()[0]}). Load your cluster's MPI module, or "
-                "install one as a wheel: pip install 'hvd-localsgd[mpi]'."
-            ) from error
+        MPI = _load()
         if too_late:
             _mend_loading(MPI)
+        _initialize(MPI)
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise CommunicatorError(
                 "MPI was initialised with a thread level below MPI_THREAD_SERIALIZED, but TensorFlow calls the "
                 "optimizer from its own threads. Leave mpi4py.rc.thread_level at its default ('multiple')."
             )
-        expected, found = launched_size(), MPI.COMM_WORLD.Get_size()
-        if expected > 1 and found == 1:
-            library = MPI.Get_library_version().strip().splitlines()[0].split("\x00")[0]
+        launch, found = detect(), MPI.COMM_WORLD.Get_size()
+        if launch.size > 1 and found == 1:
+            library = _first_line(MPI.Get_library_version())
             raise CommunicatorError(
-                f"The launcher started {expected} processes, but MPI ({library}) sees only this one: mpirun and the "
+                slurm.alone(launch, library)
+                if launch.launcher == slurm.NAME
+                else f"The launcher started {launch.size} processes, but MPI ({library}) sees only this one: mpirun and the "
                 "MPI library that mpi4py loaded are not the same. Use the mpirun of the environment that Python "
                 "runs in (`which mpirun`), or rebuild mpi4py against the launcher's MPI."
             )
@@ -249,6 +242,21 @@ class MPICommunicator(Communicator):
                 return []
             time.sleep(_LONGEST_PAUSE)
 
+    def about(self) -> dict[str, Any]:
+        """The library, what it can do, and what it was asked for."""
+        mpi, path = self._mpi, _library_file()
+        symbols: Any = ctypes.CDLL(str(path), os.RTLD_NOLOAD | os.RTLD_NOW) if path else None
+        levels = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+        return {
+            "library": _first_line(mpi.Get_library_version()),
+            "file": str(path) if path else None,
+            "standard": ".".join(map(str, mpi.Get_version())),
+            "threads": next(name.lower() for name in levels if mpi.Query_thread() == getattr(mpi, f"THREAD_{name}")),
+            "ulfm": hasattr(symbols, "MPIX_Comm_agree"),
+            "ulfm_is_on": self.resilient,
+            "cuda": bool(symbols.MPIX_Query_cuda_support()) if hasattr(symbols, "MPIX_Query_cuda_support") else None,
+        }
+
     def abort(self, status: int) -> None:
         """MPI_Abort: the launcher stops every other rank, and returns the status.
 
@@ -308,6 +316,45 @@ class _Window(SharedVector):
         if self._helper.is_alive():
             self._helper.join()
         self._window.Free()
+
+
+def _load() -> Any:
+    """mpi4py with the library, without MPI_Init: that may end the process where the launcher does not fit."""
+    try:
+        import mpi4py
+
+        if "mpi4py.MPI" not in sys.modules:
+            mpi4py.rc.initialize = False
+            mpi4py.rc.finalize = mpi4py.rc.finalize is not False  # at exit, as if it had initialised MPI itself
+        from mpi4py import MPI
+    except ImportError as error:
+        raise CommunicatorError(f"MPI cannot be loaded ({error}). {INSTALL_MPI}") from error
+    except RuntimeError as error:
+        raise CommunicatorError(f"mpi4py found no MPI library ({str(error).splitlines()[0]}). {INSTALL_MPI}") from error
+    return MPI
+
+
+def _initialize(mpi: Any) -> None:
+    import mpi4py
+
+    if mpi.Is_initialized():
+        return
+    path = _library_file()
+    if refusal := slurm.refusal(detect(), os.environ, mpi.Get_library_version(), path and path.parent):
+        raise CommunicatorError(refusal)
+    level = mpi4py.rc.thread_level if mpi4py.rc.threads else "single"
+    mpi.Init_thread(getattr(mpi, f"THREAD_{level.upper()}"))
+
+
+def _library_file() -> Path | None:
+    """Where the MPI library of this process lies."""
+    mapped = Path("/proc/self/maps").read_text().split()
+    return next((Path(name) for name in mapped if re.match(r"/.*/libmpi[^/]*\.so", name)), None)
+
+
+def _first_line(library: str) -> str:
+    line = library.strip().splitlines()[0].split("\x00")[0]
+    return re.sub(r"\s*Version:\s*", " ", line)  # of MPICH
 
 
 def _prepare_loading() -> bool:

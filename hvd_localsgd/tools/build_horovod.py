@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hvd_localsgd import cache
-from hvd_localsgd.errors import BuildError, LocalSGDError
+from hvd_localsgd.errors import INSTALL_MPI, BuildError, LocalSGDError
 from hvd_localsgd.tools import launch
 
 VERSION = "0.28.1"
@@ -51,7 +51,7 @@ def build(gloo: bool = False, gpu: bool = False) -> Path:
     tensorflow = _tensorflow_version()
     mpicxx = None if gloo else shutil.which("mpicxx", path=_path())
     if not gloo and mpicxx is None:
-        raise BuildError("mpicxx was not found: load your cluster's MPI module, or pip install 'hvd-localsgd[mpi]'.")
+        raise BuildError(f"mpicxx was not found. {INSTALL_MPI}")
     mpi = "gloo" if gloo else _output([str(mpicxx), "--showme:version"], [str(mpicxx), "-show"])
     key = "\n".join(
         [VERSION, tensorflow, mpi, sys.version, platform.platform(), str(gpu), sys.prefix if mpicxx else ""]

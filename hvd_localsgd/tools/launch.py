@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvd_localsgd.errors import CommunicatorError
+from hvd_localsgd.errors import INSTALL_MPI, CommunicatorError
 
 # As root Open MPI wants to be asked twice. On fewer cores than ranks, a rank that waits must give way.
 _OPEN_MPI = {
@@ -28,10 +28,7 @@ def find_mpirun() -> str:
     beside = Path(sys.executable).parent / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
-        raise CommunicatorError(
-            "mpirun was not found, neither beside this Python nor on PATH. Load your cluster's MPI module, or install "
-            "an MPI library as a wheel: pip install 'hvd-localsgd[mpi]'."
-        )
+        raise CommunicatorError(f"mpirun was not found, neither beside this Python nor on PATH. {INSTALL_MPI}")
     return found
 
 

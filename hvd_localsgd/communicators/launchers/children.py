@@ -1,13 +1,10 @@
-"""What launchers tell the processes that they start; and who has it only because a rank started him."""
+"""Who has a launcher's environment only because a rank started him."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 
-# Each launcher tells every process how many there are; we compare that with what MPI believes.
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "HOROVOD_SIZE")
-_LAUNCHER_PREFIXES = ("OMPI_COMM_WORLD_", "PMI_", "PMIX_", "PALS_")
 # What changes if a rank starts a launcher, whose ranks inherit everything else.
 _JOB_VARIABLES = (
     "PMIX_NAMESPACE",
@@ -18,18 +15,6 @@ _JOB_VARIABLES = (
     "HOROVOD_GLOO_RENDEZVOUS_PORT",
 )
 _JOINED = "HVD_LOCALSGD_JOINED"
-
-
-def launched_size() -> int:
-    """How many processes the launcher says it started (1 without a launcher, and in a child process of a rank)."""
-    if is_child():
-        return 1
-    return max([int(os.environ[v]) for v in _SIZE_VARIABLES if os.environ.get(v, "").isdigit()], default=1)
-
-
-def under_launcher() -> bool:
-    """Whether this process was started by mpirun, srun, horovodrun or the like."""
-    return launched_size() > 1 or (not is_child() and any(name.startswith(_LAUNCHER_PREFIXES) for name in os.environ))
 
 
 def is_child() -> bool:
@@ -48,8 +33,7 @@ def importing_main_again() -> bool:
 
 def joined(rank: int, size: int) -> None:
     """This process has taken its place in the launcher's job: what it starts from now on cannot take it again."""
-    if under_launcher():
-        os.environ[_JOINED] = f"{os.getpid()},{rank},{size},{_job()}"
+    os.environ[_JOINED] = f"{os.getpid()},{rank},{size},{_job()}"
 
 
 def starter() -> tuple[int, int] | None:
