@@ -248,7 +248,7 @@ class MPICommunicator(Communicator):
         symbols: Any = ctypes.CDLL(str(path), os.RTLD_NOLOAD | os.RTLD_NOW) if path else None
         levels = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
         return {
-            "library": _first_line(mpi.Get_library_version()),
+            "library": _first_line(mpi.Get_library_version()).split(",")[0],
             "file": str(path) if path else None,
             "standard": ".".join(map(str, mpi.Get_version())),
             "threads": next(name.lower() for name in levels if mpi.Query_thread() == getattr(mpi, f"THREAD_{name}")),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from hvd_localsgd.errors import LocalSGDError
-from hvd_localsgd.tools import launch, plan
+from hvd_localsgd.tools import doctor, launch, plan
 from hvd_localsgd.version import __version__
 
 
@@ -32,8 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description="Print the H that the papers' theory allows, rounds, bytes and predicted time against H = 1.",
         )
     )
+    doctor.add_arguments(
+        commands.add_parser(
+            "doctor",
+            help="what is installed, how it fits together, how fast ranks talk, and what to change",
+            description="Look at this machine; under mpirun, srun or horovodrun at all ranks, and at what connects them.",
+        )
+    )
     chosen = parser.parse_args(arguments)
     try:
+        if chosen.command == "doctor":
+            return doctor.examine(chosen.json, chosen.timeout)
         if chosen.command == "plan":
             plan.show(chosen)
             return 0

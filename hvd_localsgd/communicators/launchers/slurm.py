@@ -44,7 +44,7 @@ def refusal(launch: Launch, environment: Environment, library: str, folder: Path
     """
     if launch.launcher != NAME:
         return ""
-    name = library.split(",")[0].split("\n")[0].strip()
+    name = " ".join(library.split(",")[0].splitlines()[0].replace("Version:", " ").split())
     has = "PMIx" if "PMIX_RANK" in environment else "PMI" if "PMI_RANK" in environment else ""
     # Alone, Open MPI 5 needs nobody; Open MPI 4 gives up as soon as it sees srun.
     if library.startswith("Open MPI") and has != "PMIx" and not (launch.size == 1 and "Open MPI v5" in library):
