@@ -1,11 +1,11 @@
 """``hvd-localsgd doctor``: each check is provoked for real where this machine can, and by facts that are given where it cannot."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -46,15 +46,26 @@ def mpirun(*words, environment, timeout=90):
 
 
 def test_alone_it_says_what_is_here_and_that_it_is_alone():
-    result = launched.start([sys.executable, *DOCTOR, "--json"], 120, {"KERAS_BACKEND": "numpy"})
+    result = launched.start([sys.executable, *DOCTOR, "--json"], 120)
     found = parsed(result)
-    assert result.status == 1, result.output
-    assert found["versions"]["keras"] == importlib.import_module("importlib.metadata").version("keras")
-    assert found["ranks"][0]["framework"]["gpus"] == 0
-    assert said(result, "wrong") == ["Keras' backend is numpy."]
-    assert said(result, "note") == ["This is one process (no launcher), so nothing can be said of ranks."]
+    assert result.status == 0, result.output
+    assert found["versions"]["keras"] == importlib.metadata.version("keras")
+    loaded = found["ranks"][0]["framework"]
+    assert (loaded["gpus"], loaded["backend"]) == (0, "tensorflow")
     if importlib.util.find_spec("horovod"):
-        assert set(found["ranks"][0]["framework"]["horovod"]) & {"MPI", "Gloo"}
+        assert set(loaded["horovod"]) & {"MPI", "Gloo"}
+    assert [finding["level"] for finding in found["findings"]] == ["note"]
+    assert said(result, "note") == ["This is one process (no launcher), so nothing can be said of ranks."]
+
+
+def test_another_backend_of_keras(tmp_path):
+    (tmp_path / "tensorflow.py").write_text(
+        "class config:\n    list_physical_devices = staticmethod(lambda kind: [])\n"
+    )
+    environment = {"KERAS_BACKEND": "jax", "PYTHONPATH": f"{tmp_path}:{launched.ROOT}"}
+    result = launched.start([sys.executable, *DOCTOR, "--json"], 60, environment)
+    assert said(result, "wrong") == ["Keras' backend is jax."]
+    assert result.status == 1
 
 
 def test_ranks_on_one_core_that_talk_by_tcp(light):
@@ -112,7 +123,7 @@ def test_more_ranks_than_cores_and_the_verdict_in_words(light):
     assert result.output.count("Verdict") == 1, "rank 0 alone prints"
     assert f"share {cores} core" in result.output
     assert "what to do: Start no more ranks on a host than it has cores." in result.output
-    assert max(len(line.rstrip()) for line in result.output.splitlines() if line.startswith("  ─")) <= 80
+    assert max(len(line.rstrip()) for line in result.output.splitlines() if "──" in line) <= 80
 
 
 def test_the_launcher_of_another_mpi(light):
@@ -145,29 +156,18 @@ def test_an_mpirun_of_another_open_mpi_does_not_hang(light):
     assert any(text in result.output for text in words), result.output
 
 
-@pytest.mark.skipif(importlib.util.find_spec("horovod") is None, reason="Horovod is not installed: make horovod")
-def test_under_horovodrun(light):
-    here = Path(sys.executable).parent
-    environment = {**launched.launch.command(1, [])[1], **light, "PATH": f"{here}:{launched.os.environ['PATH']}"}
-    line = [str(here / "horovodrun"), "-np", "2", sys.executable, *DOCTOR]
-    result = launched.start(line, 120, environment)
-    assert result.output.count("Verdict") == 1, result.output
-    assert "mpirun of Open MPI, 2 started" in result.output
-    assert "OMPI_MCA_pml" in result.output, "which horovodrun sets"
-
-
 # --- never hang
 
 
 def test_a_rank_that_never_comes_to_mpi_is_missed_and_who_waits_says_so(light):
     began = time.monotonic()
-    doctor = [sys.executable, *DOCTOR, "--timeout", "5"]
+    doctor = [sys.executable, *DOCTOR, "--timeout", "4"]
     result = mpirun("-np", "1", *doctor, ":", "-np", "1", "sleep", "300", environment=light)
     assert time.monotonic() - began < 60
     assert result.status != 0
     (line,) = [line for line in result.output.splitlines() if line.startswith("hvd-localsgd doctor")]
     assert "rank 0 of 2 on " in line
-    assert "is not through after 5 s. It is joining the others (MPI_Init)" in line
+    assert "is not through after 4 s. It is joining the others (MPI_Init)" in line
 
 
 STAYS_AWAY = "from hvd_localsgd.communicators import choose; import time; choose(); print('joined'); time.sleep(300)"
@@ -175,13 +175,13 @@ STAYS_AWAY = "from hvd_localsgd.communicators import choose; import time; choose
 
 def test_a_rank_that_joins_and_does_not_answer_is_named(light):
     began = time.monotonic()
-    doctor = [sys.executable, *DOCTOR, "--timeout", "10"]
+    doctor = [sys.executable, *DOCTOR, "--timeout", "6"]
     program = ["-np", "1", *doctor, ":", "-np", "1", sys.executable, "-c", STAYS_AWAY]
     result = mpirun(*program, environment=light)
     assert time.monotonic() - began < 60
     assert result.status != 0
     (line,) = [line for line in result.output.splitlines() if line.startswith("hvd-localsgd doctor")]
-    assert "(stall_timeout=6) for rank 1 on " in line
+    assert "(stall_timeout=3.6) for rank 1 on " in line
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])

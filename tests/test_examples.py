@@ -1,10 +1,13 @@
 """The examples and the demo, as a user runs them: on two ranks, to a good accuracy."""
 
+import argparse
 import json
 import re
 
 import numpy as np
 import pytest
+
+from hvd_localsgd.tools import plan
 
 from . import launched
 
@@ -68,9 +71,39 @@ def test_plan_prints_what_theory_allows():
     assert result.status == 0, result.output
     # T = 100,000; sqrt(T / (K b)) = 31.6; 2 * 9/10 * 100 MB at 125 MB/s = 1.44 s
     assert "T = 100000" in result.output
-    assert "1.44e+03 ms" in result.output
-    (convex,) = [text for text in result.output.splitlines() if "strongly convex" in text]
-    assert convex.split()[:2] == ["31", "3226"]
-    assert convex.rstrip().endswith("theory up to a constant, here 1")
-    assert [text.split()[0] for text in result.output.splitlines() if text.rstrip().endswith("rule of thumb")] == ["16"]
+    assert "1440 ms" in result.output
+    rows = re.split(r"\n *\n", result.output)
+    (convex,) = [row for row in rows if "strongly" in row]
+    assert convex.split()[:3] == ["31", "3226", "581"]
+    assert convex.rstrip().endswith("theory up to a constant (1)")
+    assert [row.split()[0] for row in rows if row.rstrip().endswith("rule of thumb")] == ["16"]
+    assert max(map(len, result.output.splitlines())) <= 80
     assert launched.start([*line, "--ranks", "0"], 60).status == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--compute-ms", "inf"),
+        ("--bandwidth", "nan"),
+        ("--model-mb", "-1"),
+        ("--ranks", "0"),
+        ("--epochs", "1e30"),
+        ("--mu", "nan"),
+    ],
+)
+def test_plan_refuses_what_is_no_number_and_what_is_absurd(option, value):
+    """In this process: the command loads little, and there are many."""
+    numbers = "--samples 1000 --epochs 1 --ranks 2 --batch 1 --compute-ms 1 --model-mb 1 --bandwidth 1"
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    with pytest.raises(ValueError, match=rf"{option} must be from .* to .*\. Received: "):
+        plan.show(parser.parse_args([*numbers.split(), option, value]))
+
+
+def test_plan_of_the_largest_numbers_is_a_plan(capsys):
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    for end in (0, 1):
+        plan.show(parser.parse_args([f"{plan._option(name)}={limits[end]}" for name, limits in plan._NUMBERS.items()]))
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

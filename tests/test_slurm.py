@@ -37,3 +37,52 @@ def test_a_rank_that_raises_ends_the_step():
         result.output
     )
     assert re.search(r"^1: .*ValueError: trouble in the middle", result.output, re.M), result.output
+
+
+STEPS = """
+say='import hvd_localsgd as lsgd; lsgd.init(); print("rank", lsgd.rank(), "of", lsgd.size())'
+echo == no plug-in; srun -n 2 $PYTHON -c "$say"
+echo == another plug-in; srun --mpi=pmi2 -n 2 $PYTHON -c "$say"
+echo == one process; srun -n 1 $PYTHON -c "$say"
+echo == mpi is asked for; srun -n 1 $PYTHON -c "import hvd_localsgd as lsgd; lsgd.init('mpi')"
+echo == shell; srun --mpi=pmix -n 1 bash -c "$PYTHON -c '$say'; $PYTHON -c '$say'; true"
+echo == mpirun in a shell; srun --mpi=pmix -n 1 bash -c "$MPIRUN $PYTHON -c '$say'; true"
+echo == terminal; script -qec "srun --pty bash -c '$PYTHON say.py; true'" /dev/null
+echo == doctor without plug-in; srun -n 2 $PYTHON -m hvd_localsgd.tools.cli doctor
+echo == doctor; srun --mpi=pmix -n 2 $PYTHON -m hvd_localsgd.tools.cli doctor
+echo == end
+"""
+
+
+def test_srun_without_a_plug_in_and_shells_inside_it(tmp_path):
+    """A clear error, or one process; never the abort of MPI_Init."""
+    (tmp_path / "tensorflow").mkdir()  # which loads at once, and is not what is asked about
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise ModuleNotFoundError('tensorflow')")
+    (tmp_path / "say.py").write_text(
+        "import hvd_localsgd as lsgd\nlsgd.init()\nprint('rank', lsgd.rank(), 'of', lsgd.size())"
+    )
+    mpirun, variables = launched.launch.command(2, [])
+    environment = {
+        **variables,
+        "PYTHON": sys.executable,
+        "MPIRUN": " ".join(mpirun),
+        "PYTHONPATH": f"{tmp_path}:{launched.ROOT}",
+    }
+    steps = STEPS.replace("say.py", str(tmp_path / "say.py"))
+    result = launched.start(["tests/slurm_cluster", "bash", "-c", steps], 180, environment)
+    parts = dict(re.findall(r"^== (.*?)\r?\n(.*?)(?=^== )", result.output, re.M | re.S))
+    ranks = {name: sorted(re.findall(r"rank \d of \d", text)) for name, text in parts.items()}
+    assert "MPI_Init" not in result.output, result.output
+    assert parts["no plug-in"].count("CommunicatorError: srun started 2 processes without an MPI plug-in") == 2
+    assert parts["another plug-in"].count("CommunicatorError: srun started 2 processes with PMI, which Open MPI") == 2
+    assert "Use srun --mpi=pmix" in parts["another plug-in"]
+    assert ranks["one process"] == ["rank 0 of 1"]
+    assert "CommunicatorError: srun started one process without an MPI plug-in" in parts["mpi is asked for"]
+    assert ranks["shell"] == ["rank 0 of 1", "rank 0 of 1"]
+    assert ranks["mpirun in a shell"] == ["rank 0 of 2", "rank 1 of 2"]
+    assert ranks["terminal"] == ["rank 0 of 1"], result.output
+    assert "This is a shell inside srun, and what it starts is one process." in parts["terminal"]
+    assert parts["doctor without plug-in"].count("Verdict") == 1, "rank 0 alone prints"
+    assert "wrong: srun started 2 processes without an MPI plug-in" in parts["doctor without plug-in"]
+    assert re.search(r"launcher +srun, 2 started", parts["doctor"]), result.output
+    assert re.search(r"ranks talk through +mpi", parts["doctor"]), result.output

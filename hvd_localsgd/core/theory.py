@@ -44,7 +44,7 @@ def convex_interval(
     bound = math.sqrt((steps + 2 * a) / (ranks * batch))
     given = [c for c in constants if c is not None]
     if given:
-        if len(given) < len(constants) or min(given) <= 0:
+        if len(given) < len(constants) or not all(0 < constant < math.inf for constant in given):
             raise ValueError(f"Give all of mu, smoothness, variance and gradient, each > 0. Received: {constants}")
         bound *= math.sqrt(given[0] * given[2] / (64 * given[1] * given[3]))
     return min(steps, max(1, int(bound)))
@@ -70,7 +70,7 @@ def nonconvex_interval(steps: int, ranks: int, *, variance: float | None = None,
     _check_counts(steps=steps, ranks=ranks)
     bound = steps**0.25 / ranks**0.75
     if variance is not None or gradient is not None:
-        if variance is None or gradient is None or min(variance, gradient) <= 0:
+        if variance is None or gradient is None or not (0 < variance < math.inf and 0 < gradient < math.inf):
             raise ValueError(f"Give variance and gradient, each > 0. Received: {variance!r}, {gradient!r}")
         bound *= math.sqrt(variance / (4 * gradient))
     return min(steps, max(1, int(bound)))

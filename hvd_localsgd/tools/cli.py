@@ -18,12 +18,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
         "run",
-        help="start a script on several ranks of this machine",
-        description="Find mpirun and start a Python script on several ranks of this machine, with the flags that "
-        "running as root, or on fewer cores than ranks, needs. On a cluster use mpirun or srun itself.",
+        help="start a script on several ranks",
+        description="Find mpirun and start a Python script, a module (-m) or a program on several ranks, with the flags that "
+        "running as root, or on fewer cores than ranks, needs.",
     )
     run.add_argument("-np", "--ranks", type=int, required=True, help="number of processes")
-    run.add_argument("script", help="Python script")
+    run.add_argument(
+        "--hosts", help="where, as in node1:4,node2:4 (name:ranks); default: this machine, or the scheduler's"
+    )
+    run.add_argument("--timeout", type=float, help="seconds after which all ranks are stopped; the exit status is 124")
+    run.add_argument("--label", action="store_true", help="begin every line of output with the rank that wrote it")
+    run.add_argument(
+        "-m", dest="module", metavar="module", nargs=argparse.REMAINDER, help="run a module, as python -m does"
+    )
+    run.add_argument("script", nargs="?", help="Python script, or a program")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     plan.add_arguments(
         commands.add_parser(
@@ -46,10 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.command == "plan":
             plan.show(chosen)
             return 0
-        return launch.run(chosen.ranks, [sys.executable, chosen.script, *chosen.arguments])
+        return _run(chosen)
     except (LocalSGDError, ValueError) as error:
         print(f"hvd-localsgd: {error}", file=sys.stderr)
         return 2
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    launch.find_mpirun()
+    if chosen.module:
+        program = [sys.executable, "-m", *chosen.module]
+    elif chosen.script:
+        program = launch.program(chosen.script, chosen.arguments)
+    else:
+        raise ValueError("what is to be run? Name a script, or -m and a module: hvd-localsgd run -np 2 train.py")
+    return launch.run(chosen.ranks, program, chosen.hosts, chosen.label, chosen.timeout)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,24 @@ from typing import Any
 
 from hvd_localsgd.core import theory
 
+# The least and the most that makes sense, and what it is.
+_NUMBERS: dict[str, tuple[float, float, str]] = {
+    "samples": (1, 10**15, "in the training data"),
+    "epochs": (1e-6, 1e9, "times that all of them are seen"),
+    "ranks": (1, 10**7, "K"),
+    "batch": (1, 10**9, "b, samples per local step and rank"),
+    "compute_ms": (1e-6, 1e9, "of one local step"),
+    "model_mb": (1e-6, 1e9, "weights, in 10^6 bytes: 4 per weight"),
+    "bandwidth": (1e-6, 1e6, "of each rank's link, Gbit/s"),
+    "latency": (0.0, 1e9, "of a message, microseconds; 50 unless it is given"),
+}
+_CONSTANTS = {
+    "mu": "strong convexity",
+    "smoothness": "L, of the gradient",
+    "variance": "sigma^2, of one sample's gradient",
+    "gradient": "G^2, its second moment",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -50,7 +68,7 @@ class Job:
 def choices(job: Job, constants: dict[str, Any]) -> list[tuple[int, str, str]]:
     """H, what says so, and whether that is theory or a rule of thumb."""
     given = all(value is not None for value in constants.values())
-    sure = "theory, with your constants" if given else "theory up to a constant, here 1"
+    sure = "theory, with your constants" if given else "theory up to a constant (1)"
     convex = theory.convex_interval(job.steps, job.ranks, job.batch, **constants)
     nonconvex = theory.nonconvex_interval(
         job.steps, job.ranks, variance=constants["variance"], gradient=constants["gradient"]
@@ -61,29 +79,37 @@ def choices(job: Job, constants: dict[str, Any]) -> list[tuple[int, str, str]]:
         (nonconvex, "T^(1/4) / K^(3/4), non-convex (Yu et al. 2018)", sure),
         (convex, "sqrt(T / (K b)), strongly convex (Stich 2018)", sure),
         (min(job.steps, 16), "plain averaging tolerates 8 to 32 in deep learning", "rule of thumb"),
-        (cheap, "communication takes 5 % of the time", "arithmetic: says nothing about accuracy"),
+        (cheap, "communication takes 5 % of the time", "arithmetic, not accuracy"),
     ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--samples", type=int, required=True, help="in the training data")
-    parser.add_argument("--epochs", type=float, required=True)
-    parser.add_argument("--ranks", type=int, required=True, help="K")
-    parser.add_argument("--batch", type=int, required=True, help="b, samples per local step and rank")
-    parser.add_argument("--compute-ms", type=float, required=True, help="of one local step")
-    parser.add_argument("--model-mb", type=float, required=True, help="weights, in 10^6 bytes (4 per weight)")
-    parser.add_argument("--bandwidth", type=float, required=True, help="of each rank's link, Gbit/s")
-    parser.add_argument("--latency", type=float, default=50.0, help="of a message, microseconds (default 50)")
-    for name, what in (
-        ("mu", "strong convexity"), ("smoothness", "L, of the gradient"),
-        ("variance", "sigma^2, of one sample's gradient"), ("gradient", "G^2, its second moment"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=float, help=f"{what}, if known")
+    for name, (low, _, what) in _NUMBERS.items():
+        default = {"default": 50.0} if name == "latency" else {"required": True}
+        parser.add_argument(_option(name), type=type(low), help=what, **default)
+    for name, what in _CONSTANTS.items():
+        parser.add_argument(_option(name), type=float, help=f"{what}, if known")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, (low, high, what) in _NUMBERS.items():
+        if not low <= getattr(arguments, name) <= high:  # which NaN is not, either
+            raise ValueError(
+                f"{_option(name)} must be from {low:g} to {high:g} ({what}). Received: {getattr(arguments, name)}"
+            )
+    for name, what in _CONSTANTS.items():
+        value = getattr(arguments, name)
+        if value is not None and not 1e-30 <= value <= 1e30:
+            raise ValueError(f"{_option(name)} must be from 1e-30 to 1e+30 ({what}). Received: {value}")
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Print the table.
+    """Print the table, 80 columns wide.
 
     Raises:
         ValueError: a number is out of range.
@@ -92,35 +118,36 @@ def show(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    for name in ("samples", "epochs", "ranks", "batch", "compute_ms", "model_mb", "bandwidth"):
-        if not getattr(arguments, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be > 0. Received: {getattr(arguments, name)}")
-    if arguments.latency < 0:
-        raise ValueError(f"--latency must be >= 0. Received: {arguments.latency}")
+    _check(arguments)
     job = Job(
         arguments.samples, arguments.epochs, arguments.ranks, arguments.batch, arguments.compute_ms / 1e3,
         arguments.model_mb * 1e6, arguments.bandwidth * 1e9 / 8, arguments.latency / 1e6,
     )  # fmt: skip
-    constants = {name: getattr(arguments, name) for name in ("mu", "smoothness", "variance", "gradient")}
-    table = Table(box=box.SIMPLE)
-    for heading in ("H", "rounds", "GB sent per rank", "time", "times faster than H = 1"):
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), leading=1)
+    for heading in ("H", "rounds", "GB sent\nper rank", "time", "times faster\nthan H = 1"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("because", no_wrap=True)
-    table.add_column("which is", no_wrap=True)
-    for interval, why, kind in choices(job, constants):
+    table.add_column("because")
+    for interval, why, kind in choices(job, {name: getattr(arguments, name) for name in _CONSTANTS}):
         rounds, seconds = job.rounds(interval), job.seconds(interval)
         table.add_row(
-            str(interval), str(rounds), f"{rounds * job.traffic / 1e9:.3g}", _duration(seconds),
-            f"{job.seconds(1) / seconds:.2f}", why, kind,
+            _short(interval), _short(rounds), _short(rounds * job.traffic / 1e9), _duration(seconds),
+            _short(job.seconds(1) / seconds), f"{why}\n{kind}",
         )  # fmt: skip
-    print(
-        f"T = {job.steps} local steps on each of {job.ranks} ranks; one averaging takes about {job.sync * 1e3:.3g} ms,"
+    console = Console(color_system=None, highlight=False, width=80)
+    console.print(
+        f"T = {_short(job.steps)} local steps on each of {job.ranks} ranks; one averaging takes about {_short(job.sync * 1e3)} ms, "
+        f"a local step {_short(job.compute * 1e3)} ms. Not counted: ranks that wait for slower ones."
     )
-    print(f"a local step {job.compute * 1e3:.3g} ms. Not counted: ranks that wait for slower ones.")
-    Console(color_system=None, highlight=False, width=170).print(table)
+    console.print(table)
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if (isinstance(number, int) and number < 1e9) or 1e3 <= number < 1e9 else f"{number:.3g}"
 
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 1e6 else f"{seconds / 86400:.3g} days"

@@ -26,17 +26,19 @@ _PACKAGES = ("numpy", "mpi4py", "tensorflow", "tensorflow-cpu", "keras", "horovo
 _STEERING = r"OMPI_MCA_(pml|btl|mtl)|UCX_(NET_DEVICES|TLS)|FI_(PROVIDER|.*IFACE)|MPIR_CVAR_.*|I_MPI_(FABRICS|OFI_PROVIDER)|NCCL_.*IFNAME"
 # Loads what takes seconds, and may crash: in a process of its own.
 _PROBE = """
-import json, sys
+import json, os
 from importlib.util import find_spec
 import tensorflow as tf
-import keras
-found = {"gpus": len(tf.config.list_physical_devices("GPU")), "backend": keras.config.backend()}
-if find_spec("horovod"):
-    try:
-        from hvd_localsgd.communicators.horovod import built_with
-        found["horovod"] = built_with()
-    except Exception as error:
-        found["horovod_error"] = str(error)
+found = {"gpus": len(tf.config.list_physical_devices("GPU")), "backend": os.environ.get("KERAS_BACKEND", "tensorflow")}
+if found["backend"] == "tensorflow":  # the libraries of others may not be here, and Horovod loads Keras too
+    import keras
+    found["backend"] = keras.config.backend()
+    if find_spec("horovod"):
+        try:
+            from hvd_localsgd.communicators.horovod import built_with
+            found["horovod"] = built_with()
+        except Exception as error:
+            found["horovod_error"] = str(error)
 print(json.dumps(found))
 """
 
