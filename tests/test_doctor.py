@@ -126,6 +126,14 @@ def test_more_ranks_than_cores_and_the_verdict_in_words(light):
     assert max(len(line.rstrip()) for line in result.output.splitlines() if "──" in line) <= 80
 
 
+@pytest.mark.skipif(len(launched.os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_one_rank_bound_to_one_of_several_cores(light):
+    result = mpirun("-np", "1", "taskset", "-c", "0", sys.executable, *DOCTOR, "--json", environment=light)
+    cores = len(launched.os.sched_getaffinity(0))
+    (words,) = said(result, "slow")
+    assert words.endswith(f"1 rank may run on 1 core of {cores}.")
+
+
 def test_the_launcher_of_another_mpi(light):
     """Without another MPI here: what MPICH's mpirun tells its processes, told to two that Open MPI leaves alone."""
     for rank in ("1", "0"):

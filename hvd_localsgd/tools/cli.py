@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from hvd_localsgd.errors import LocalSGDError
-from hvd_localsgd.tools import doctor, launch, plan
+from hvd_localsgd.tools import launch, plan
 from hvd_localsgd.version import __version__
 
 
@@ -40,17 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description="Print the H that the papers' theory allows, rounds, bytes and predicted time against H = 1.",
         )
     )
-    doctor.add_arguments(
-        commands.add_parser(
-            "doctor",
-            help="what is installed, how it fits together, how fast ranks talk, and what to change",
-            description="Look at this machine; under mpirun, srun or horovodrun at all ranks, and at what connects them.",
-        )
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, how it fits together, how fast ranks talk, and what to change",
+        description="Look at this machine; under mpirun, srun or horovodrun at all ranks, and at what connects them.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        help="seconds after which it ends, and says who did not answer (default 120)",
     )
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "doctor":
-            return doctor.examine(chosen.json, chosen.timeout)
+            from hvd_localsgd.tools.doctor import command  # the other commands load less
+
+            return command.examine(chosen.json, chosen.timeout)
         if chosen.command == "plan":
             plan.show(chosen)
             return 0
