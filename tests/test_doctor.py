@@ -134,6 +134,13 @@ def test_one_rank_bound_to_one_of_several_cores(light):
     assert words.endswith(f"1 rank may run on 1 core of {cores}.")
 
 
+def test_ranks_that_were_told_to_be_alone(light):
+    alone = {"HVD_LOCALSGD_COMMUNICATOR": "serial", **light}
+    result = mpirun("-np", "2", sys.executable, *DOCTOR, "--json", environment=alone)
+    assert "mpirun of Open MPI started 2 processes, and each would train alone." in said(result, "wrong")
+    assert said(result, "slow") == [], "nothing is known of the other's cores"
+
+
 def test_the_launcher_of_another_mpi(light):
     """Without another MPI here: what MPICH's mpirun tells its processes, told to two that Open MPI leaves alone."""
     for rank in ("1", "0"):
@@ -225,7 +232,9 @@ def test_two_ranks_on_one_gpu_are_named():
         "Ranks 0, 1 on a share one GPU, GPU-1."
     ]
     assert judged(checks.own_gpu, *(rank(n, gpus=both) for n in range(3))) == ["Ranks 0, 2 on a share one GPU, GPU-1."]
-    assert judged(checks.own_gpu, rank(0, gpus=both), rank(1, "b")) == ["Rank 1 see no GPU, and others have one."]
+    assert judged(checks.own_gpu, rank(0, gpus=both), rank(1, "b")) == [
+        "No GPU is visible to rank 1, and others have one."
+    ]
     # MIG: parts of one GPU are not one GPU
     parts = [[(f"MIG-{n}", "a part of a GPU")] for n in (1, 2)]
     assert judged(checks.own_gpu, rank(0, gpus=parts[0]), rank(1, gpus=parts[1])) == []

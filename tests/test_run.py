@@ -6,6 +6,8 @@ import time
 import psutil
 import pytest
 
+from hvd_localsgd.tools import launch
+
 from . import launched
 
 # In one piece: between two, the other rank's would come.
@@ -83,3 +85,15 @@ def test_what_cannot_be_run_is_said_before_anything_starts(words, said):
     assert result.status == 2
     assert f"hvd-localsgd: {said}" in result.output
     assert "Traceback" not in result.output
+
+
+def test_hosts_as_intel_mpi_wants_them(tmp_path, monkeypatch):
+    """Which is not here: a program that gives its name."""
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text("#!/bin/sh\necho 'Intel(R) MPI Library for Linux* OS, Version 2021.18.1'\n")
+    mpirun.chmod(0o755)
+    monkeypatch.setattr(launch, "find_mpirun", lambda: str(mpirun))
+    assert launch.command(4, ["x"], "a:2,b:2")[0] == [str(mpirun), "-hosts", "a,b", "-perhost", "2", "-np", "4", "x"]
+    assert launch.command(2, ["x"], "a,b")[0] == [str(mpirun), "-hosts", "a,b", "-np", "2", "x"]
+    with pytest.raises(ValueError, match="the same number of ranks on every host"):
+        launch.command(2, ["x"], "a:1,b:2")

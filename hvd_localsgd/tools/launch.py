@@ -85,8 +85,19 @@ def command(
         flags += ["--host", hosts] if hosts else []
         flags += (["--tag-output"] if int(open_mpi[1]) < 5 else ["--output", "tag"]) if label else []
     else:
-        flags = (["-hosts", hosts] if hosts else []) + (["-prepend-rank"] if label else [])
+        flags = _hydra_hosts(hosts, said.stdout) if hosts else []
+        flags += ["-prepend-rank"] if label else []
     return [mpirun, *flags, "-np", str(ranks), *program], _environment()
+
+
+def _hydra_hosts(hosts: str, version: str) -> list[str]:
+    """MPICH takes the number of ranks with each host, Intel MPI one for all hosts."""
+    if "Intel" not in version:
+        return ["-hosts", hosts]
+    names, counts = zip(*(host.partition(":")[::2] for host in hosts.split(",")), strict=True)
+    if len(set(counts)) > 1:
+        raise ValueError(f"--hosts: Intel MPI wants the same number of ranks on every host. Received: {hosts!r}")
+    return ["-hosts", ",".join(names), *(["-perhost", counts[0]] if counts[0] else [])]
 
 
 def _environment() -> dict[str, str]:

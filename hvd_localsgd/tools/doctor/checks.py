@@ -28,14 +28,21 @@ class Finding:
 
 
 def ranks_meet(job: Job) -> Iterator[Finding]:
-    """MPI brings together what the launcher started."""
+    """What the launcher started is together."""
+    first = job.ranks[0]
     if job.trouble:
         yield Finding("wrong", job.trouble)
+    elif first.launched > len(job.ranks):
+        yield Finding(
+            "wrong",
+            f"{first.launcher} started {first.launched} processes, and each would train alone.",
+            "Unset HVD_LOCALSGD_COMMUNICATOR.",
+        )
 
 
 def one_process(job: Job) -> Iterator[Finding]:
     """Somebody may have meant to start more."""
-    if len(job.ranks) == 1 and not job.trouble:
+    if len(job.ranks) == 1 and job.ranks[0].launched == 1 and not job.trouble:
         yield Finding(
             "note",
             job.ranks[0].hint or f"This is one process ({job.ranks[0].launcher}), so nothing can be said of ranks.",
@@ -110,7 +117,7 @@ def own_gpu(job: Job) -> Iterator[Finding]:
     if using and without:
         yield Finding(
             "slow",
-            f"{_numbers(without, 'Rank')} see no GPU, and others have one.",
+            f"No GPU is visible to {_numbers(without)}, and others have one.",
             "Ask for GPUs on every host (srun --gpus-per-node), and look at CUDA_VISIBLE_DEVICES there.",
         )
 
@@ -137,6 +144,8 @@ def own_cores(job: Job) -> Iterator[Finding]:
 
 def idle_cores(job: Job) -> Iterator[Finding]:
     """Ranks are not bound to a few cores of many."""
+    if job.ranks[0].launched > len(job.ranks):
+        return  # others, of whom nothing is known, may run on the rest
     for host, ranks in job.hosts().items():
         used, there = len({core for rank in ranks for core in rank.cores}), max(rank.job_cores for rank in ranks)
         if used < there and used >= len(ranks):

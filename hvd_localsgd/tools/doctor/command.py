@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 from hvd_localsgd import communicators
-from hvd_localsgd.communicators import launchers, stalls
+from hvd_localsgd.communicators import launchers
 from hvd_localsgd.communicators.base import Communicator
 from hvd_localsgd.errors import CommunicatorError, RankFailed
 from hvd_localsgd.tools.doctor import checks, facts, measure
@@ -56,7 +56,7 @@ def examine(as_json: bool, timeout: float) -> int:
         print(f"hvd-localsgd doctor: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # MPI_Finalize would wait for the same rank
     else:
-        is_first = communicator.rank == 0
+        is_first = communicator.rank == 0 if communicator.size > 1 else launch.rank == 0
     watch.stage("ending (MPI_Finalize)")
     if not is_first:
         return 0
@@ -75,8 +75,6 @@ def _meet(communicator: Communicator, rank: facts.Rank, job: facts.Job, timeout:
     rank.rank, rank.host, rank.communicator = communicator.rank, communicator.host, communicator.name
     rank.mpi = communicator.about() if communicator.name == "mpi" else {}
     if communicator.size > 1:
-        # Who does not come is named before the watch ends everything.
-        stalls.change(warning=timeout, timeout=_PATIENCE * timeout)
         watch.stage("waiting for the other ranks to say what they have")
         communicator.exchange(np.zeros(1, [("here", np.int8)]))
         job.links, job.allreduce = measure.links(communicator, rank, watch.stage)
