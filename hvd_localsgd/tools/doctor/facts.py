@@ -290,7 +290,7 @@ class Probe:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
-            return {"error": f"it takes longer than {seconds:g} s"}
+            return {"error": f"it takes longer than {seconds:.0f} s"}
         if self._process.returncode == 0:
             return json.loads(output.splitlines()[-1])
         last = errors.strip().splitlines()[-1:] or [f"it ended with status {self._process.returncode}"]

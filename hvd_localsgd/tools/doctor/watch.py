@@ -27,14 +27,15 @@ class Watch:
 
     def __init__(self, seconds: float, who: str) -> None:
         line = [sys.executable, "-S", __file__, str(os.getpid()), str(seconds), who]
-        self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        # A bare pipe: Python would close a file of its own before MPI_Finalize, which comes last and may wait, too.
+        reading, self._pipe = os.pipe()
+        self._process = subprocess.Popen(line, stdin=reading, stdout=subprocess.DEVNULL)
+        os.close(reading)
 
     def stage(self, doing: str, if_it_ends: str = "") -> None:
         """From now on this process does that; what is to be said if it does not come back from it but is gone."""
-        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps([doing, if_it_ends]).encode() + b"\n")
-            self._process.stdin.flush()
+            os.write(self._pipe, json.dumps([doing, if_it_ends]).encode() + b"\n")
 
 
 def _watch(process: int, seconds: float, who: str) -> None:
