@@ -29,11 +29,6 @@ def detect(environment: Environment | None = None) -> Launch:
     return next((found for one in _LAUNCHERS if (found := one.detect(environment))), NOBODY)
 
 
-def launched_size() -> int:
-    """How many processes the launcher says it started (1 without a launcher, and in a child process of a rank)."""
-    return detect().size
-
-
 def under_launcher() -> bool:
     """Whether this process was started by mpirun, srun, horovodrun or the like, to find others."""
     launch = detect()
