@@ -94,5 +94,6 @@ def _run_if(condition: tf.Tensor, action: Callable[[], None]) -> None:
         operations.hvd_localsgd_run_if(condition=condition, input=then.captured_inputs, then=then)
         return
     signature = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in then.captured_inputs]
-    nothing = tf.function(lambda *_: None, autograph=False).get_concrete_function(*signature)
+    # TensorFlow names its inputs after the argument, and complains of names that begin with an underscore.
+    nothing = tf.function(lambda *inputs: None, autograph=False).get_concrete_function(*signature)
     tf.raw_ops.If(cond=condition, input=then.captured_inputs, Tout=[], then_branch=then, else_branch=nothing)
