@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hvd_localsgd.devices import init, local_rank, local_size, rank, size
     from hvd_localsgd.errors import CheckpointError, CommunicatorError, LocalSGDError, Preempted, RankFailed
     from hvd_localsgd.frontends.callback import LocalSGDCallback
+    from hvd_localsgd.frontends.callback_list import every_rank
     from hvd_localsgd.frontends.checkpoint import LocalSGDCheckpoint
     from hvd_localsgd.frontends.data import shard
     from hvd_localsgd.frontends.iterates import IterateAverage
@@ -81,6 +82,7 @@ _HOME = {
     "SyncSteps": "frontends.parts",
     "Warmup": "frontends.parts",
     "convex_interval": "core.theory",
+    "every_rank": "frontends.callback_list",
     "init": "devices",
     "local_rank": "devices",
     "local_size": "devices",
@@ -127,6 +129,7 @@ __all__ = [
     "Warmup",
     "__version__",
     "convex_interval",
+    "every_rank",
     "init",
     "local_rank",
     "local_size",

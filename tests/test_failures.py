@@ -102,6 +102,13 @@ def test_a_loop_that_fails_ends_on_all_ranks(front, what):
     assert shown == ([] if what == "exits" else [1]), result.output
 
 
+def test_what_is_written_on_rank_0_alone_and_fails_there_ends_all_ranks():
+    result = launched.mpirun(2, "tests/programs/failing_program.py", "rank_0_cannot_write", timeout=90)
+    assert result.status == 1, result.output
+    assert "not reached" not in result.output, result.output
+    assert error_lines(result.output, r"ends: rank 0 on .* failed: NotADirectoryError", 1), result.output
+
+
 @pytest.mark.parametrize("what", ["dies", "overlap_killed"])
 def test_a_rank_that_is_killed_ends_the_job(what):
     began = time.monotonic()

@@ -404,5 +404,5 @@ def check_same_place(communicator: Any, table: np.ndarray, beginning: bool) -> N
     if ((table["position"] == BEGIN) != beginning).any() or len(models) > 1:
         raise RankFailed(
             f"Some ranks start to train while others are in the middle of it, or train another model (seen on rank {communicator.rank} "
-            f"on {communicator.host}). Call fit equally often on every rank, and let no rank leave it early."
+            f"on {communicator.host}). Call fit equally often on every rank, with the same callbacks, and let no rank leave it early."
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from keras.callbacks import Callback, ProgbarLogger
+from keras.callbacks import Callback
 
 from hvd_localsgd import assemble, devices
 from hvd_localsgd.backends.tensorflow.memory import TensorFlowMemory
@@ -22,15 +22,17 @@ from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.keeper import Keeper
 from hvd_localsgd.core.schedules import Schedule
 from hvd_localsgd.core.selection import means_and_variances
-from hvd_localsgd.core.timing import Recorded, Timings
-from hvd_localsgd.frontends import frames, keras_state
+from hvd_localsgd.core.timing import Timings
+from hvd_localsgd.frontends import callback_list, frames, keras_state
 from hvd_localsgd.frontends import logs as epoch_logs
 from hvd_localsgd.frontends.input_probe import InputProbe
-from hvd_localsgd.frontends.table import print_table
+from hvd_localsgd.frontends.table import Tabled
+
+callback_list.install()
 
 
 @settings.shown
-class LocalSGDCallback(Recorded, Callback):
+class LocalSGDCallback(Tabled, Callback):
     """Skip gradient averaging; average the weights of all ranks every H local steps.
 
     Stich (2018), Algorithm 1; Yu, Yang & Zhu (2018), parallel restarted SGD. Put it first in the list of callbacks:
@@ -40,7 +42,11 @@ class LocalSGDCallback(Recorded, Callback):
     When the first epoch begins all ranks get rank 0's weights and optimizer state. Syncs follow every H local steps (with
     ``steps_per_execution`` > 1 at the first batch end at or past that), before validation, before the epoch ends,
     and at train end. Ranks may have different numbers of batches: one that has run out stays in the syncs with
-    weight zero until all are done. Rank 0 alone prints progress, and at the end a table of where the time went.
+    weight zero until all are done. Rank 0 alone prints progress, and at the end a table of where the time went; callbacks that write
+    files (ModelCheckpoint, CSVLogger, TensorBoard and others: ``every_rank`` lists them) act there alone.
+
+    Callbacks behind this one see what it adds to an epoch's logs (``epochs``); ``History`` does not, and the progress bar shows
+    ``averaging`` alone.
 
     Args:
         {options}
@@ -50,6 +56,8 @@ class LocalSGDCallback(Recorded, Callback):
         settings: what was chosen, a ``hvd_localsgd.core.settings.Settings``.
         timings: list of ``hvd_localsgd.core.timing.Round``, this rank's latest thousand rounds, oldest first.
         totals: after ``fit``, sums over its rounds, one dict per rank; the same on every rank.
+        epochs: of the latest fit, a dict per epoch of what was added to its logs: ``loss_min``, ``loss_max``, ``drift``; ``averaging``, the
+            share of this rank's time, 0 to 1; ``seconds_compute`` and so on, of this rank.
 
     Raises:
         ValueError: an argument is not one of the above; in ``fit``: ranks hold different models or settings.
@@ -78,6 +86,7 @@ class LocalSGDCallback(Recorded, Callback):
             )
         self._training = False
         self._timings = Timings(timings)
+        self.epochs: list[dict[str, float]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and ``copy.deepcopy``: the options alone. A copy starts afresh, with no model and no open file.
@@ -110,6 +119,7 @@ class LocalSGDCallback(Recorded, Callback):
         self.keeper = None
         self._generation = 0
         self._apart = epoch_logs.Apart()
+        self.epochs = []
         self._training = True
 
     def _begin(self, epoch: int) -> None:
@@ -266,7 +276,10 @@ class LocalSGDCallback(Recorded, Callback):
         if logs is not None:
             entries, sums = [json.loads(entry) for entry in messages if entry], self._timings.epoch
             spread = epoch_logs.spread(entries, sums.drift)
-            logs.update(spread | epoch_logs.average(entries) | epoch_logs.seconds(sums.numbers))
+            averaged = epoch_logs.average(entries)
+            added = spread | epoch_logs.times(sums.numbers)
+            self.epochs.append({name: value for name, value in added.items() if name not in logs | averaged})
+            logs.update(self.epochs[-1] | averaged)
             if (hint := self._apart.see(spread)) and devices.rank() == 0:
                 warnings.warn(hint, stacklevel=2)
 
@@ -280,7 +293,7 @@ class LocalSGDCallback(Recorded, Callback):
             self._engine.request_stop()
         self._engine.finish()
         if devices.rank() == 0 and self.params.get("verbose"):
-            print_table(self.totals, f"Local SGD, {self.settings.schedule}, {len(self.totals)} ranks")
+            self.print_table()
 
     # Checkpoints.
 
@@ -366,13 +379,10 @@ class LocalSGDCallback(Recorded, Callback):
     # Checks at train begin.
 
     def _look_at_the_other_callbacks(self) -> None:
-        """Silence all progress bars but rank 0's; say so if a callback will see logs before they are averaged."""
+        """Say so if a callback will see logs before they are averaged."""
         callbacks = frames.callback_list()
         if (ours := sum(isinstance(callback, LocalSGDCallback) for callback in callbacks)) > 1:
             raise ValueError(f"fit needs one LocalSGDCallback: weights need averaging once. Received: {ours} of them.")
-        for callback in callbacks:
-            if isinstance(callback, ProgbarLogger) and devices.rank() > 0:
-                callback.verbose = 0
         if self in callbacks and devices.rank() == 0 and devices.size() > 1:
             early = [
                 type(callback).__name__

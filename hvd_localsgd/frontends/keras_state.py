@@ -95,7 +95,7 @@ def say_what_is_reset(settings: Settings, optimizers: Sequence[Any]) -> None:
 
 def optimizers(model: keras.Model) -> list[Any]:
     """Those that train the model: the one that it was compiled with, and those that a ``train_step`` of its own keeps."""
-    found = [model.optimizer]
+    found = [getattr(model, "optimizer", None)]
     for value in vars(model).values():
         several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         found += [each for each in several if isinstance(each, keras.optimizers.Optimizer)]

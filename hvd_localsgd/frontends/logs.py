@@ -10,6 +10,7 @@ import numpy as np
 
 from hvd_localsgd.core.timing import PARTS
 
+SHOWN = ("averaging",)  # in the progress bar, of what is added to the user's metrics
 _EPOCHS = 2  # in a row, before a hint is given
 
 
@@ -51,9 +52,11 @@ def spread(entries: Sequence[dict[str, Any]], drift: float) -> dict[str, float]:
     return {"loss_min": float(np.min(losses)), "loss_max": float(np.max(losses)), "drift": drift}
 
 
-def seconds(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Of the epoch's sums: where the time went."""
-    return {f"seconds_{part}": sums[part] for part in PARTS}
+def times(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Of the epoch's sums: the share of the time that averaging took, waiting for others not counted; and where the time went, in seconds."""
+    averaging = sum(sums[part] for part in ("pack", "communicate", "unpack", "outer"))
+    share = averaging / sums["wall"] if sums["wall"] else 0.0
+    return {"averaging": share, **{f"seconds_{part}": sums[part] for part in PARTS}}
 
 
 class Apart:

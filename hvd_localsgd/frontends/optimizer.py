@@ -23,18 +23,19 @@ from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.keeper import Keeper
 from hvd_localsgd.core.selection import means_and_variances
-from hvd_localsgd.core.timing import Recorded, Timings
-from hvd_localsgd.frontends import as_raised, frames, keras_state
+from hvd_localsgd.core.timing import Timings
+from hvd_localsgd.frontends import as_raised, callback_list, frames, keras_state
 from hvd_localsgd.frontends.parts import Schedule
-from hvd_localsgd.frontends.table import print_table
+from hvd_localsgd.frontends.table import Tabled
 
 as_raised.install()
+callback_list.install()
 _maybe_merge_call = tf.__internal__.distribute.interim.maybe_merge_call
 
 
 @settings.shown
 @keras.saving.register_keras_serializable("hvd_localsgd")
-class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
+class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
     """An optimizer that averages the weights of all ranks every H of its updates.
 
     Stich (2018), Algorithm 1. For ``compile``, for custom loops (eager or in ``tf.function``) and under
@@ -61,7 +62,7 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         settings: what was chosen, a ``hvd_localsgd.core.settings.Settings``.
         timings: list of ``hvd_localsgd.core.timing.Round``, this rank's latest thousand rounds, oldest first. What is not a
             sync is ``compute``: the optimizer cannot tell input from computing.
-        totals: after the end of training, sums over those rounds, one dict per rank.
+        totals: after the end of training, sums over those rounds, one dict per rank. Nothing is printed; ``print_table()`` shows them.
 
     Raises:
         ValueError: an argument is not one of the above; in the first step: ranks hold different models or settings.
@@ -362,15 +363,13 @@ class LocalSGDOptimizer(Recorded, keras.optimizers.Optimizer):
         return keras_state.resets(self.settings, self.inner_optimizer)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """The end of training: wait for the slowest rank, average once more, print the table on rank 0."""
+        """The end of training: wait for the slowest rank, average once more."""
         if self._in_training:
             self._take_steps()
             self._engine.keeper.waits = False  # no step is under way
             self._engine.finish()
             self._in_training = False
             self._set_next_sync(-1)  # the next step, whenever it comes, begins
-            if devices.rank() == 0:
-                print_table(self.totals, f"Local SGD, {self.settings.schedule}, {len(self.totals)} ranks")
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def go_on(self, where: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The table that rank 0 prints when training ends."""
+"""The table of where the time went."""
 
 from __future__ import annotations
 
@@ -9,9 +9,28 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hvd_localsgd.core.timing import mean
+from hvd_localsgd import devices
+from hvd_localsgd.core.settings import Settings
+from hvd_localsgd.core.timing import Recorded, mean
 
 _ROWS, _ENDS = 32, 4
+
+
+class Tabled(Recorded):
+    """A front end whose ``totals`` can be shown."""
+
+    settings: Settings
+
+    def print_table(self) -> None:
+        """On rank 0, when a training has ended: where the time of each rank went, in seconds and in percent.
+
+        Raises:
+            RuntimeError: none has ended.
+        """
+        if not self.totals:
+            raise RuntimeError("There is nothing to show: no training has ended yet.")
+        if devices.rank() == 0:
+            print_table(self.totals, f"Local SGD, {self.settings.schedule}, {len(self.totals)} ranks")
 
 
 def print_table(totals: Sequence[dict[str, Any]], title: str) -> None:

@@ -18,14 +18,14 @@ class Snapshots(keras.callbacks.Callback):
 
 
 class Epochs(keras.callbacks.Callback):
-    """The logs of each epoch, as this place in the list of callbacks sees them."""
+    """The logs of each epoch, as this place in the list of callbacks sees them, without what is each rank's own."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
     def on_epoch_end(self, epoch, logs=None):
-        self.seen.append({k: v for k, v in logs.items() if "seconds" not in k})
+        self.seen.append({k: v for k, v in logs.items() if "seconds" not in k and k != "averaging"})
 
 
 def fit(lsgd, model, rank_batches, callback, *, epochs=1, batch=8, callbacks=(), **arguments):

@@ -337,7 +337,7 @@ def test_timings_add_up_and_are_written(lsgd, gather, tmp_path):
     model = reference.compiled(keras.optimizers.SGD(0.05))
     callback = lsgd.LocalSGDCallback(sync_every=3, timings=folder)
     before = time.time()
-    history = fit(lsgd, model, 8, callback, epochs=2)
+    fit(lsgd, model, 8, callback, epochs=2)
     after = time.time()
     lines = [json.loads(line) for line in Path(f"{folder}/rank-{lsgd.rank()}.jsonl").read_text().splitlines()]
     parts = ("compute", "input", "wait", "pack", "communicate", "unpack", "outer")
@@ -356,7 +356,7 @@ def test_timings_add_up_and_are_written(lsgd, gather, tmp_path):
     mine = callback.totals[lsgd.rank()]
     assert mine["syncs"] == 6
     assert mine["wall"] == pytest.approx(wall)
-    in_logs = sum(history.history["seconds_compute"])
+    in_logs = sum(epoch["seconds_compute"] for epoch in callback.epochs)
     assert 0 < in_logs <= mine["compute"] * 1.0001
 
 

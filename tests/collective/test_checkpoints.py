@@ -103,8 +103,7 @@ def fit(lsgd, folder, front="callback", kind="arrays", at=None, more=0, **option
         validation_data=validation if front == "callback" else None,
     )
     held = [v.numpy() for v in (*model.variables, *model.optimizer.variables)]
-    others = ("drift", "seconds")  # of the rounds of this life
-    logs = {name: values[-1] for name, values in history.history.items() if not name.startswith(others)}
+    logs = {name: values[-1] for name, values in history.history.items()}
     return held, logs
 
 

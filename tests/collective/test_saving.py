@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import keras
@@ -192,10 +193,12 @@ def test_weights_loaded_in_the_middle_of_a_training(lsgd, gather, wrapped, batch
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_model_checkpoint(lsgd, weights_only, tmp_path):
+def test_model_checkpoint(lsgd, gather, weights_only, tmp_path):
+    tmp_path = Path(gather(str(tmp_path))[0])
     name = "{epoch}.weights.h5" if weights_only else "{epoch}.keras"
     model = compiled(lsgd.LocalSGDOptimizer(INNER["adam"](), sync_every=2))
     train(lsgd, model, 2, callbacks=[keras.callbacks.ModelCheckpoint(tmp_path / name, save_weights_only=weights_only)])
+    gather(None)  # rank 0 has written
     if weights_only:
         for epoch in (1, 2):
             with h5py.File(tmp_path / f"{epoch}.weights.h5") as file:
@@ -229,6 +232,7 @@ def test_a_backup_is_restored(lsgd, tmp_path):
 
 def test_a_backup_is_restored_on_every_rank(lsgd, gather, tmp_path):
     """One epoch, whose backup is kept; then another process' model goes on from there."""
+    tmp_path = gather(str(tmp_path))[0]
     for epochs in (1, 2):
         # Momentum is averaged: where each rank keeps its own, all begin again with rank 0's.
         callback, model = lsgd.LocalSGDCallback(2, optimizer_state="average"), compiled(INNER["momentum"]())

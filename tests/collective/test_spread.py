@@ -44,9 +44,12 @@ def test_a_metric_of_that_name_is_the_users_and_a_drift_of_no_sync_is_nan(lsgd):
     (drift,), (mae,) = map(fit(lsgd, model, 2, lsgd.LocalSGDCallback(2)).history.get, ("drift", "mae"))
     assert drift == mae
     model = reference.compiled(keras.optimizers.SGD(0.05), False)
-    history = fit(lsgd, model, 2, lsgd.LocalSGDCallback(lsgd.OneShot())).history
-    assert math.isnan(history["drift"][0])
-    assert history["loss_min"][0] <= history["loss"][0] <= history["loss_max"][0]
+    callback = lsgd.LocalSGDCallback(lsgd.OneShot())
+    (loss,) = fit(lsgd, model, 2, callback).history["loss"]
+    (added,) = callback.epochs
+    assert math.isnan(added["drift"])
+    assert added["averaging"] == 0
+    assert added["loss_min"] <= loss <= added["loss_max"]
 
 
 @pytest.mark.alone
