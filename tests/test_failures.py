@@ -25,6 +25,7 @@ EVERY_RANK = {
     "nan_row": "NaN or infinity in .*embedding/embeddings of rank 1 on .* at local step 8; all ranks",
     "overlap_nan_row": "NaN or infinity in .*embedding/embeddings of rank 1 on .* at local step 8; the average was not used",
     "async_nan_row": "NaN or infinity in .*embedding/embeddings of rank 1 on .* at local step 8; they were not given",
+    "backup_on_one_rank": "Some ranks start to train .* with the same callbacks",
     "empty_shard": "1 samples cannot be shared by 2 ranks",
     "zero": "sync_every must be an integer >= 1 .*Received: 0",
 }
@@ -33,9 +34,9 @@ EVERY_RANK = {
 # Whose traceback is shown; elsewhere that of rank 1. All ranks refuse arguments by themselves, or raise the same: then rank 0 shows it.
 BOTH, RANK_0, NOBODY = (0, 1), (0,), ()
 TRACEBACKS = dict.fromkeys(("zero", "negative", "fraction", "text", "empty_shard"), BOTH)
-TRACEBACKS |= dict.fromkeys(("shape", "optimizer_shape", "nan", "nan_row", "overlap_nan_row"), RANK_0) | {
-    "exits": NOBODY
-}
+TRACEBACKS |= dict.fromkeys(
+    ("backup_on_one_rank", "shape", "optimizer_shape", "nan", "nan_row", "overlap_nan_row"), RANK_0
+) | {"exits": NOBODY}
 STATUS = {"exits": 3, "generator_exits": 3, "interrupts": 130}
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # TensorFlow logs what a graph's calls raise, with tracebacks of its own
 

@@ -111,6 +111,8 @@ else:
         threading.Thread(**run, daemon=True).start()
         time.sleep(60)
     more = [keras.callbacks.ModelCheckpoint("/dev/null/model.keras")] if what == "rank_0_cannot_write" else []
+    if what == "backup_on_one_rank" and odd:
+        more = [keras.callbacks.BackupAndRestore("/dev/null/backup")]
     try:
         model.fit(**arguments, epochs=3, verbose=0, callbacks=[callback, Trouble(), *more])
     except lsgd.RankFailed:
