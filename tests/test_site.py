@@ -58,7 +58,10 @@ def test_what_troubleshooting_quotes_is_what_is_printed():
 
 def test_whatever_is_imported_is_declared():
     project = pytest.importorskip("tomllib").loads((launched.ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
+    declared = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
     names = {re.split(r"[<>=\[ ]", each)[0].replace("-", "_").lower() for each in declared}
     imported = set()
     for path in PACKAGE:
@@ -85,5 +88,7 @@ def test_the_conda_recipe_says_what_the_project_says():
     project = pytest.importorskip("tomllib").loads((launched.ROOT / "pyproject.toml").read_text())["project"]
     recipe = (launched.ROOT / "packaging" / "conda" / "meta.yaml").read_text()
     assert f'version = "{hvd_localsgd.__version__}"' in recipe
-    needed = {each.replace(" ", "") for each in re.findall(r"^    - (.*)$", recipe.split("  run:")[1].split("test:")[0], re.M)}
+    needed = {
+        each.replace(" ", "") for each in re.findall(r"^    - (.*)$", recipe.split("  run:")[1].split("test:")[0], re.M)
+    }
     assert needed == {*project["dependencies"], "python>=3.10", *project["optional-dependencies"]["tensorflow"]}
