@@ -124,11 +124,13 @@ class ModelAverager(Recorded):
         """What is needed of ``rate``, ``loss`` and ``remaining`` (local steps), by the schedule or another option.
 
         Before ``begin``, and again when it changes: the rate before the ``step`` that was taken with it.
-        The loss is only known after steps: before the first sync.
+        The loss is only known after steps: before the first sync. With ``timings`` it is in the record of the round in which it is told.
         """
         if unknown := set(known) - {"rate", "loss", "remaining"}:
             raise TypeError(f"tell() takes rate, loss and remaining. Received: {sorted(unknown)}")
         self._told |= {name: float(value) for name, value in known.items()}
+        if "loss" in known:
+            self._timings.loss = self._told["loss"]
 
     def _correction(self, variable: Any) -> np.ndarray:
         """In the variable's shape; of what is not averaged it stays zero."""

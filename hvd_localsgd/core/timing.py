@@ -29,6 +29,7 @@ class Round:
     syncs of other ranks came between this rank's last read of the global average and this sync. ``error``: with compression, what
     it has lost of this rank's change, as a share of its norm. ``hidden``: with overlap, how long the average was on its way while this
     rank went on, in no part's time; what is in ``bytes``, ``drift``, ``error`` and ``hidden`` is then of the average that came in this round.
+    ``loss``: this rank's training loss as the front end knew it when the round ended (Keras': the mean of the epoch so far); None if it did not.
     """
 
     round: int
@@ -51,6 +52,7 @@ class Round:
     staleness: int
     error: float
     hidden: float
+    loss: float | None
     rank: int
     size: int
     host: str
@@ -127,6 +129,7 @@ class Timings(Stopwatch):
         self.totals: list[dict[str, Any]] = []  # of all ranks, once training has ended
         self.training, self.epoch = Sums(), Sums()  # all rounds since each began
         self._number = 0  # of the next round
+        self.loss: float | None = None  # of the round, if the front end knows it
         self.folder = folder
         self._file: TextIO | None = None
 
@@ -150,8 +153,9 @@ class Timings(Stopwatch):
         """Keep a record with what the stopwatch says, flush its line (a killed job leaves all rounds it finished), restart."""
         wall = self.wall()
         seconds: dict[str, Any] = {**self.parts, "wall": wall, "residual": wall - sum(self.parts.values())}
-        record = Round(round=self._number, start=self.start, **seconds, **facts)
+        record = Round(round=self._number, start=self.start, loss=self.loss, **seconds, **facts)
         self._number += 1
+        self.loss = None
         self.rounds.append(record)
         self.training.add(record)
         self.epoch.add(record)

@@ -207,6 +207,7 @@ class LocalSGDCallback(Tabled, Callback):
         self._counts_batches = self._planned < sys.maxsize or self._several == 1 or self.model.optimizer is None
         self._updates_before = 0 if self._counts_batches else self._goes_on.get("updates", self._updates_done())
         self._over, self._logs_before = self._goes_on.get("over", False), {}
+        self._batch_logs: dict[str, Any] = {}
         self._goes_on = {}
         self._by_samples, self._watches_loss = self.settings.weighting == "samples", "loss" in self.settings.needs
         self._train_samples = self._validation_samples = 0.0
@@ -223,8 +224,9 @@ class LocalSGDCallback(Tabled, Callback):
         """One local step, or ``steps_per_execution`` of them; a sync if the round is over."""
         engine = self._engine
         self._timings.lap("compute")
+        self._batch_logs = logs or {}
         if self._watches_loss:
-            self._loss = float((logs or {}).get("loss", math.nan))
+            self._loss = float(self._batch_logs.get("loss", math.nan))
         # The last execution of several may be a short one, and Keras does not say so.
         done = (
             min(self._first_batch + self._several, self._planned)
@@ -330,6 +332,10 @@ class LocalSGDCallback(Tabled, Callback):
         engine = self._engine
         if ends_round:
             self._input.estimate(self._timings)
+            if self._batch_logs:  # steps were taken since it was last said
+                loss = epoch_logs.numbers(self._batch_logs.get("loss"))
+                self._timings.loss = loss if isinstance(loss, float) else None
+                self._batch_logs = {}
         self._tell()
         if self.model.stop_training:
             engine.request_stop()

@@ -220,6 +220,15 @@ def test_no_constructor_opens_a_file_and_another_training_appends(lsgd, tmp_path
     assert [json.loads(line)["last_step"] for line in lines[2:]] == [2, 2, 4, 4]
 
 
+def test_the_loss_that_a_loop_tells_is_in_the_record_of_its_round(lsgd):
+    with lsgd.ModelAverager([np.zeros(3)], 2) as averager:
+        for step in range(6):
+            if step != 2 and step != 3:
+                averager.tell(loss=10.0 * lsgd.rank() + step)
+            averager.step()
+    assert [r.loss for r in averager.timings] == [10.0 * lsgd.rank() + 1, None, 10.0 * lsgd.rank() + 5, None]
+
+
 def test_loading_a_model_does_not_touch_the_record_of_its_training(lsgd, tmp_path):
     folder = tmp_path / "timings"
     optimizer = lsgd.LocalSGDOptimizer(keras.optimizers.SGD(0.05), sync_every=2, timings=folder)

@@ -336,8 +336,10 @@ def test_timings_add_up_and_are_written(lsgd, gather, tmp_path):
     folder = gather(str(tmp_path))[0]
     model = reference.compiled(keras.optimizers.SGD(0.05))
     callback = lsgd.LocalSGDCallback(sync_every=3, timings=folder)
+    losses = []  # as another callback sees them
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(logs["loss"]))
     before = time.time()
-    fit(lsgd, model, 8, callback, epochs=2)
+    fit(lsgd, model, 8, callback, epochs=2, callbacks=[watch])
     after = time.time()
     lines = [json.loads(line) for line in Path(f"{folder}/rank-{lsgd.rank()}.jsonl").read_text().splitlines()]
     parts = ("compute", "input", "wait", "pack", "communicate", "unpack", "outer")
@@ -352,6 +354,7 @@ def test_timings_add_up_and_are_written(lsgd, gather, tmp_path):
         assert before <= line["start"] <= line["start"] + line["wall"] <= after + 0.01
     wall = sum(line["wall"] for line in lines)
     assert sum(abs(line["residual"]) for line in lines) < 0.01 * wall
+    assert [line["loss"] for line in lines] == [losses[line["last_step"] - 1] if line["steps"] else None for line in lines]
     assert [t["rank"] for t in callback.totals] == list(range(lsgd.size()))
     mine = callback.totals[lsgd.rank()]
     assert mine["syncs"] == 6
