@@ -23,10 +23,10 @@ import report
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
     """A row for each K."""
+    from hvd_localsgd import table
     from hvd_localsgd.core import protocol
     from hvd_localsgd.core.groups import Groups
     from hvd_localsgd.core.settings import Settings
-    from hvd_localsgd.frontends import table
 
     ways = {
         "equal": Settings(16),

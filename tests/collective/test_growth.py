@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_localsgd.core import timing
-from hvd_localsgd.frontends.table import print_table
+from hvd_localsgd.table import print_table
 
 from . import reference
 from .helpers import Epochs, fit
