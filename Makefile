@@ -60,7 +60,7 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "Python cannot make virtual environments here. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[tensorflow-cpu,mpi,tensorboard,examples,dev]'
+	  -e '.[tensorflow-cpu,mpi,tensorboard,report,examples,dev]'
 	@touch $@
 
 $(OLDEST)/ready: pyproject.toml constraints-oldest.txt setup.py

@@ -150,19 +150,22 @@ class Timings(Stopwatch):
         self.epoch = Sums()
 
     def end_round(self, **facts: Any) -> None:
-        """Keep a record with what the stopwatch says, flush its line (a killed job leaves all rounds it finished), restart."""
+        """Keep a record with what the stopwatch says, and restart."""
         wall = self.wall()
         seconds: dict[str, Any] = {**self.parts, "wall": wall, "residual": wall - sum(self.parts.values())}
-        record = Round(round=self._number, start=self.start, loss=self.loss, **seconds, **facts)
+        self.keep(Round(round=self._number, start=self.start, loss=self.loss, **seconds, **facts))
         self._number += 1
         self.loss = None
+        self.restart()
+
+    def keep(self, record: Round) -> None:
+        """Add it to the sums, and flush its line: a killed job leaves all rounds it finished."""
         self.rounds.append(record)
         self.training.add(record)
         self.epoch.add(record)
         if self._file is not None:
             self._file.write(json.dumps(asdict(record)) + "\n")
             self._file.flush()
-        self.restart()
 
     def sums(self) -> dict[str, Any]:
         """Sums over this rank's rounds of this training: each part, wall, residual, hidden (s), bytes, steps, syncs; and its rank and host.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from hvd_localsgd.errors import LocalSGDError
 from hvd_localsgd.tools import launch, plan
+from hvd_localsgd.tools.report import command as report
 from hvd_localsgd.version import __version__
 
 
@@ -52,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=120.0,
         help="seconds after which it ends, and says who did not answer (default 120)",
     )
+    report.add_arguments(
+        commands.add_parser(
+            "report",
+            help="where the time of runs went: tables, a page with plots, a trace",
+            description="Read the files that timings= has written, of runs that have ended or still go on.",
+        )
+    )
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "doctor":
@@ -60,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command.examine(chosen.json, chosen.timeout)
         if chosen.command == "plan":
             plan.show(chosen)
+            return 0
+        if chosen.command == "report":
+            report.show(chosen)
             return 0
         return _run(chosen)
     except (LocalSGDError, ValueError) as error:

@@ -354,7 +354,9 @@ def test_timings_add_up_and_are_written(lsgd, gather, tmp_path):
         assert before <= line["start"] <= line["start"] + line["wall"] <= after + 0.01
     wall = sum(line["wall"] for line in lines)
     assert sum(abs(line["residual"]) for line in lines) < 0.01 * wall
-    assert [line["loss"] for line in lines] == [losses[line["last_step"] - 1] if line["steps"] else None for line in lines]
+    assert [line["loss"] for line in lines] == [
+        losses[line["last_step"] - 1] if line["steps"] else None for line in lines
+    ]
     assert [t["rank"] for t in callback.totals] == list(range(lsgd.size()))
     mine = callback.totals[lsgd.rank()]
     assert mine["syncs"] == 6

@@ -1,0 +1,1 @@
+"""``hvd-localsgd report``: where the time of runs went, from the files that ``timings=`` writes."""
