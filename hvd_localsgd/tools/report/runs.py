@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
 from operator import itemgetter
 from pathlib import Path
@@ -23,6 +24,7 @@ except ImportError:  # several times as slow, which only files of hundreds of me
 
 _NUMBERS = tuple(each.name for each in fields(Round) if each.type != "str")
 RECORD = np.dtype([(name, np.float64) for name in _NUMBERS])
+_LARGE = 100_000_000  # bytes, from which on all cores read: to start processes takes time
 _BEGINNING = json.dumps({fields(Round)[0].name: 0}).encode()[:-2]  # of every line
 
 
@@ -97,8 +99,9 @@ def read(folder: Path, name: str) -> Run:
             f"There is no timing file (rank-0.jsonl, rank-1.jsonl, ...) in {folder}: was it given as timings=?"
         )
     run = Run(name, [])
-    for number in numbers:
-        run.ranks.append(_read_rank(folder / f"rank-{number}.jsonl", number, run.notes))
+    for rank, notes in _read_ranks([folder / f"rank-{number}.jsonl" for number in numbers], numbers):
+        run.ranks.append(rank)
+        run.notes.extend(notes)
     if not any(len(rank.rounds) for rank in run.ranks):
         raise ValueError(f"No round has ended yet in {folder}: its files are empty.")
     size = max(int(rank.rounds["size"].max(initial=0)) for rank in run.ranks)
@@ -110,8 +113,16 @@ def read(folder: Path, name: str) -> Run:
     return run
 
 
-def _read_rank(path: Path, number: int, notes: list[str]) -> Rank:
+def _read_ranks(paths: Sequence[Path], numbers: Sequence[int]) -> list[tuple[Rank, list[str]]]:
+    if sum(path.stat().st_size for path in paths) < _LARGE:
+        return list(map(_read_rank, paths, numbers))
+    with ProcessPoolExecutor() as processes:
+        return list(processes.map(_read_rank, paths, numbers))
+
+
+def _read_rank(path: Path, number: int) -> tuple[Rank, list[str]]:
     values, host, cut = bytearray(), "", 0
+    notes: list[str] = []
     select, pack = itemgetter(*_NUMBERS), struct.Struct(f"{len(_NUMBERS)}d").pack
     with path.open("rb") as file:
         for count, line in enumerate(file, 1):
@@ -139,7 +150,7 @@ def _read_rank(path: Path, number: int, notes: list[str]) -> Rank:
                 cut = 0
     if cut:
         notes.append(f"{path.name}:{cut} is not complete, and is left out")
-    return Rank(number, host, np.frombuffer(values, RECORD))
+    return Rank(number, host, np.frombuffer(values, RECORD)), notes
 
 
 def _difference(record: Any) -> str:
