@@ -157,6 +157,20 @@ def test_what_is_no_record_is_named_by_file_and_line(tmp_path, capsys, line, tex
     assert re.search(words, shown), shown
 
 
+def test_large_files_are_read_by_all_cores_alike(tmp_path, monkeypatch, lines):
+    folder = write(tmp_path / "a", lines)
+    (alone,) = runs.read_all([folder])
+    monkeypatch.setattr(runs, "_LARGE", 0)
+    (run,) = runs.read_all([folder])
+    for one, other in zip(alone.ranks, run.ranks, strict=True):
+        assert (one.number, one.host) == (other.number, other.host)
+        assert one.rounds.tobytes() == other.rounds.tobytes()
+    with (folder / "rank-2.jsonl").open("a") as file:
+        file.write("hello\n")
+    with pytest.raises(ValueError, match=rf"rank-2.jsonl:{ROUNDS + 1} is no record"):
+        runs.read_all([folder])
+
+
 def test_what_is_no_run_is_refused_in_words(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
