@@ -62,7 +62,7 @@ def test_whatever_is_imported_is_declared():
         *project["dependencies"],
         *(each for extra in project["optional-dependencies"].values() for each in extra),
     ]
-    names = {re.split(r"[<>=\[ ]", each)[0].replace("-", "_").lower() for each in declared}
+    names = {re.split(r"[<>=\[ ]", each)[0].replace("-", "_").lower().removesuffix("_python") for each in declared}
     imported = set()
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
