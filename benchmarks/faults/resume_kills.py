@@ -63,6 +63,12 @@ def holds(output: str) -> list[str]:
     return sorted(re.findall(r"rank \d+ holds .*?(?=rank \d+ holds|\n|$)", output))
 
 
+def same(held: list[str], expected: list[str]) -> bool:
+    """Whether these are the same bits. A life that begins when training is over has no loss to say."""
+    without = [re.sub(r" loss \S+", " loss None", line) for line in expected]
+    return len(held) == len(expected) and all(line in pair for line, *pair in zip(held, expected, without, strict=True))
+
+
 def latest(folder: Path) -> int:
     """The round that would be gone on from; -1: none."""
     pointer = folder / "latest"
@@ -127,7 +133,7 @@ def main() -> None:
             print(lives[-1], flush=True)
             if not lives[-1]["killed"]:
                 break
-        exact += lives[-1]["holds"] == expected
+        exact += same(lives[-1]["holds"], expected)
     kills = [each for each in lives if each["killed"]]
     result = {
         "kills": len(kills),
