@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
@@ -79,17 +79,8 @@ def test_a_few_random_kills(tmp_path):
     assert kills["jobs that ended in the same bits"] == kills["jobs"] >= 1
 
 
-JOB = """#!/bin/bash
-#SBATCH --job-name=requeued --ntasks=2 --requeue --open-mode=append --output={folder}/out --signal=USR1@60 --time=10
-srun --mpi=pmix {python} {program} averager {folder}/checkpoints pause=150 steps=120
-status=$?
-echo "life $SLURM_RESTART_COUNT ended with $status"
-if [ $status -eq 75 ]; then scontrol requeue $SLURM_JOB_ID; sleep 30; fi
-exit $status
-"""
-
 COMMANDS = """
-id=$(sbatch --parsable {folder}/job)
+id=$(sbatch --parsable --ntasks-per-node=1 --output={folder}/out examples/slurm/requeued.sbatch {program} averager {folder}/checkpoints pause=150 steps=120)
 for i in $(seq 100); do [ -e {folder}/checkpoints.begun ] && break; sleep 0.2; done
 scancel --signal=USR1 $id
 for i in $(seq 300); do
@@ -97,7 +88,7 @@ for i in $(seq 300); do
   case $state in
     *COMPLETED) exit 0;;
     # SLURM waits two minutes, for what is left of the first life to end: some seconds are needed.
-    *PENDING) grep -q ended {folder}/out && sleep 5 && scontrol update JobId=$id StartTime=now 2>/dev/null && sleep 5;;
+    *PENDING) grep -q "asked to end" {folder}/out && sleep 5 && scontrol update JobId=$id StartTime=now 2>/dev/null && sleep 5;;
     *FAILED) exit 3;;
   esac
   sleep 0.5
@@ -108,13 +99,14 @@ exit 2
 
 @needs_slurm
 def test_sbatch_requeues_a_job_that_was_asked_to_end(tmp_path):
+    """On two nodes, by the job file of the examples."""
     os.chmod(tmp_path, 0o755)
-    (tmp_path / "job").write_text(JOB.format(folder=tmp_path, python=sys.executable, program=launched.ROOT / PROGRAM))
-    began = time.time()
-    result = launched.start(["tests/slurm_cluster", "bash", "-c", COMMANDS.format(folder=tmp_path)], 240)
+    commands = COMMANDS.format(folder=tmp_path, program=launched.ROOT / PROGRAM)
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    cluster = ["tests/slurm_cluster", "--nodes", "2", "--share", str(tmp_path)]
+    result = launched.start([*cluster, "bash", "-c", commands], 240, path)
     output = result.output + (tmp_path / "out").read_text()
-    assert result.status == 0, (time.time() - began, output)
-    assert "ended with 75" in output, output
-    assert "life 1 ended with 0" in output, output
+    assert result.status == 0, output
+    assert re.search(r"rank \d on node[12] is asked to end", output), output
     assert "goes on from round" in output, output
     assert len(re.findall(r"rank \d holds", output)) == 2, output

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +93,17 @@ def test_the_conda_recipe_says_what_the_project_says():
         each.replace(" ", "") for each in re.findall(r"^    - (.*)$", recipe.split("  run:")[1].split("test:")[0], re.M)
     }
     assert needed == {*project["dependencies"], "python>=3.10", *project["optional-dependencies"]["tensorflow"]}
+
+
+def test_shell_and_yaml_files_are_clean():
+    files = [".ci/run", "tests/slurm_cluster", "benchmarks/cluster/run"]
+    files += [
+        str(path) for kind in ("sbatch", "lsf", "pbs") for path in (launched.ROOT / "examples").rglob(f"*.{kind}")
+    ]
+    assert len(files) > 8
+    shell = launched.start([str(Path(sys.executable).with_name("shellcheck")), "--severity=warning", *files], 60)
+    assert shell.status == 0, shell.output
+    rules = "{extends: relaxed, rules: {line-length: disable}}"
+    yaml = ["examples", ".github", "mkdocs.yml", "CITATION.cff"]
+    lint = launched.start([sys.executable, "-m", "yamllint", "--strict", "-d", rules, *yaml], 60)
+    assert lint.status == 0, lint.output

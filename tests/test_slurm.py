@@ -29,6 +29,35 @@ def test_srun_starts_ranks_that_average():
     assert float(re.findall(r"test accuracy ([\d.]+)", result.output)[0]) > 0.95, result.output
 
 
+HOSTS = """
+import sys
+
+sys.modules["tensorflow"] = None  # whose import takes longer than all the rest
+import numpy as np
+import hvd_localsgd as lsgd
+
+weights = np.array([1.0 + lsgd.rank()])
+with lsgd.ModelAverager([weights], sync_every=1, broadcast=False) as averager:
+    averager.step()
+if lsgd.rank() == 0:
+    print(sorted(each["host"] for each in averager.totals), weights)
+"""
+
+
+@pytest.mark.parametrize("job", ["openmpi", "mpirun"])
+def test_a_job_file_of_the_examples_trains_on_two_nodes(job, tmp_path):
+    os.chmod(tmp_path, 0o755)
+    (tmp_path / "hosts.py").write_text(HOSTS)
+    cluster = ["tests/slurm_cluster", "--nodes", "2", "--share", str(tmp_path)]
+    submit = ["sbatch", "--wait", f"--output={tmp_path}/out", f"examples/slurm/{job}.sbatch", f"{tmp_path}/hosts.py"]
+    environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = launched.start([*cluster, *submit], 120, environment)
+    output = result.output + (tmp_path / "out").read_text()
+    assert result.status == 0, output
+    assert "['node1', 'node1', 'node2', 'node2'] [2.5]" in output, output
+
+
 def test_a_rank_that_raises_ends_the_step():
     result = srun("tests/programs/failing_program.py", "raises", timeout=90)
     assert result.status != 0, result.output
