@@ -107,3 +107,14 @@ def test_plan_of_the_largest_numbers_is_a_plan(capsys):
     for end in (0, 1):
         plan.show(parser.parse_args([f"{plan._option(name)}={limits[end]}" for name, limits in plan._NUMBERS.items()]))
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_notebook_runs(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(launched.ROOT / "examples" / "two_ranks.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    assert float(re.findall(r"accuracy ([\d.]+)$", printed.strip())[0]) > 0.9, printed
+    assert "2 ranks" in printed, printed  # the table
