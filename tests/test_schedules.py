@@ -19,7 +19,10 @@ def run(schedule, steps, rate=lambda step: np.nan, loss=lambda step: np.nan, rem
     while step < steps:
         seen = {"rate": rate(step), "loss": loss(step), "remaining": steps - step if remaining else np.nan}
         own = header.row(total=step, steps=rounds[-1] if rounds else 0, pace=pace, sync=sync, clock=float(step), **seen)
-        last = protocol.decide(np.stack([own, own]), settings, last).now
+        decision = protocol.decide(np.stack([own, own]), settings, last)
+        if decision.trouble is not None:
+            raise decision.trouble
+        last = decision.now
         rounds.append(last.next)
         step += last.next
         at.append(step)
