@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hvd_localsgd.core import header, protocol
 from hvd_localsgd.core.groups import Groups
+from hvd_localsgd.core.progress import Progress
 from hvd_localsgd.core.schedules import Growing, Now
 from hvd_localsgd.core.settings import Settings
 
@@ -194,3 +195,21 @@ def test_by_hand():
     assert (decision.reached, decision.now.step) == (1.0, 12)
     assert protocol.decide(table, Settings(10, interval="balanced")).weights.tolist() == [0.5, 0.5, 0.0]
     assert not protocol.decide(table[1:], Settings(10)).average, "nobody's round is over"
+
+
+def test_steps_of_an_average_that_is_lost_are_averaged_again_and_recorded_once():
+    progress = Progress()
+    progress.begin(Now(0), 4, several=1)
+    records = []
+    for steps in (4, 4):
+        progress.steps += steps
+        records.append(progress.round())
+        progress.landing = 2
+        progress.begin_round(Now(progress.total + progress.steps), 4)
+    progress.steps = 2
+    progress.take_back()  # the second is lost: its 4 steps and 2 more are this round's
+    assert (progress.steps, progress.total) == (6, 4)
+    records.append(progress.round())
+    assert [record["steps"] for record in records] == [4, 4, 2]
+    assert [record["first_step"] for record in records] == [1, 5, 9]
+    assert records[-1]["last_step"] == 10
