@@ -1,18 +1,24 @@
 """Yu, Yang & Zhu (2018), section 5: ResNet-20 on CIFAR-10, parallel restarted SGD with I local steps a round.
 
 python benchmarks/papers/prsgd_cifar10.py --ranks 2 --subset 512 --epochs 2          a laptop
+python benchmarks/papers/prsgd_cifar10.py --ranks 2 4 --epochs 15 --data cifar10.npz --work runs/cifar10     hours, in pieces
 srun -n 8 python benchmarks/papers/prsgd_cifar10.py --full                           the paper's setting
 python benchmarks/papers/prsgd_cifar10.py --data mnist.npz --subset 512              any file with Keras' keys
 
-Loss and accuracy against epochs and against time, for each I. An epoch is one pass over all training images by all ranks together.
-CIFAR-10 comes from keras.datasets, which downloads it, unless --data names a file with x_train, y_train, x_test, y_test (grey
-images get three channels, small ones a border). The rate is divided by ten at a half and at three quarters of the epochs.
+Loss and accuracy against epochs and against time, for each I; with ``--gradients`` also for gradients averaged at every step, by
+Horovod. An epoch is one pass over all training images by all ranks together. CIFAR-10 comes from keras.datasets, which downloads it,
+unless --data names a file with x_train, y_train, x_test, y_test (grey images get three channels, small ones a border). The rate is
+divided by ten at a half and at three quarters of the epochs, or where --falls says.
+
+With ``--work`` every epoch that has ended is kept: started again, it goes on where it was. To train on, ask for more epochs, with the same --falls.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -77,18 +83,27 @@ def load(path: Path | None) -> tuple[np.ndarray, ...]:
 
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
-    """A row for each I and epoch."""
+    """A row for each curve and epoch."""
+    import hvd_localsgd as lsgd
+
+    lsgd.init()
+    data = load(arguments.data)
+    if arguments.subset:
+        data = tuple(array[: arguments.subset] for array in data)
+    with tempfile.TemporaryDirectory() as folder:
+        work = arguments.work or Path(folder)
+        curves = [*arguments.interval, *(["gradients"] if arguments.gradients else [])]
+        return [row for curve in curves for row in train(arguments, curve, data, work / f"{lsgd.size()}-ranks-{curve}")]
+
+
+def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarray, ...], work: Path) -> report.Rows:
+    """The epochs of one curve, those of earlier lives too; on rank 0."""
     import keras
     import tensorflow as tf
 
     import hvd_localsgd as lsgd
-    from hvd_localsgd.core import timing
 
-    lsgd.init()
-    x_train, y_train, x_test, y_test = load(arguments.data)
-    if arguments.subset:
-        x_train, y_train = x_train[: arguments.subset], y_train[: arguments.subset]
-        x_test, y_test = x_test[: arguments.subset], y_test[: arguments.subset]
+    x_train, y_train, x_test, y_test = data
     count = len(x_train) // (lsgd.size() * arguments.batch) * arguments.batch
     if not count:
         raise SystemExit(f"{len(x_train)} images are less than a batch of {arguments.batch} for {lsgd.size()} ranks")
@@ -99,53 +114,76 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
         image = tf.image.random_crop(tf.pad(image, [[4, 4], [4, 4], [0, 0]]), (32, 32, 3))
         return tf.image.random_flip_left_right(image), label
 
-    rows: report.Rows = []
-    for interval in arguments.interval:
-        keras.utils.set_random_seed(1)
-        model = resnet20(int(y_train.max()) + 1)
-        steps = count // arguments.batch * arguments.epochs
-        rate = keras.optimizers.schedules.PiecewiseConstantDecay(
-            [steps // 2, steps * 3 // 4], [arguments.learning_rate / 10**i for i in range(3)]
-        )
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.SGD(rate, momentum=arguments.momentum), loss, metrics=["accuracy"])
-        data = tf.data.Dataset.from_tensor_slices((x_train[own], y_train[own])).shuffle(count, seed=lsgd.rank())
-        if not arguments.no_augmentation:
-            data = data.map(augment)
-        callback = lsgd.LocalSGDCallback(interval)
+    keras.utils.set_random_seed(1 + lsgd.rank())
+    model = resnet20(int(y_train.max()) + 1)
+    steps = count // arguments.batch
+    falls = arguments.falls or [arguments.epochs // 2, arguments.epochs * 3 // 4]
+    rates = [arguments.learning_rate / 10**fall for fall in range(len(falls) + 1)]
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([steps * epoch for epoch in falls], rates)
+    optimizer, callbacks = keras.optimizers.SGD(rate, momentum=arguments.momentum), []
+    facts = {"I": curve, "ranks": lsgd.size(), "images": count * lsgd.size(), "data": str(arguments.data or "CIFAR-10")}
+    record = recorder(work.with_suffix(".jsonl"), facts)
+    if curve == "gradients":
+        import horovod.tensorflow as hvd
+        from horovod_baseline import BroadcastFromRank0, average_gradients
 
-        class Clock(keras.callbacks.Callback):
-            def on_train_begin(self, logs: Any = None) -> None:
-                self.began = time.perf_counter()
-                self.times: list[float] = []
+        hvd.init()
+        optimizer = average_gradients(optimizer)
+        backup = keras.callbacks.BackupAndRestore(work / f"rank-{lsgd.rank()}", delete_checkpoint=False)
+        callbacks = [backup, BroadcastFromRank0(), record]
+    else:
+        callbacks = [lsgd.LocalSGDCallback(curve), lsgd.LocalSGDCheckpoint(work, max(1, steps // int(curve))), record]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
+    images = tf.data.Dataset.from_tensor_slices((x_train[own], y_train[own])).shuffle(count)
+    if not arguments.no_augmentation:
+        images = images.map(augment)
+    model.fit(
+        images.batch(arguments.batch).prefetch(2), epochs=arguments.epochs, verbose=0, shuffle=False, callbacks=callbacks,
+        validation_data=(x_test[test], y_test[test]), validation_batch_size=256,
+    )  # fmt: skip
+    return written(work.with_suffix(".jsonl"))
 
-            def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-                self.times.append(time.perf_counter() - self.began)
 
-        clock = Clock()
-        history = model.fit(
-            data.batch(arguments.batch).prefetch(2), epochs=arguments.epochs, verbose=0, shuffle=False, callbacks=[callback, clock],
-            validation_data=(x_test[test], y_test[test]), validation_batch_size=256,
-        ).history  # fmt: skip
-        average = timing.mean(callback.totals)
-        for epoch in range(arguments.epochs):
-            rows.append(
-                {
-                    "I": interval,
-                    "ranks": lsgd.size(),
-                    "epoch": epoch + 1,
-                    "seconds": clock.times[epoch],
-                    "loss": history["loss"][epoch],
-                    "accuracy": history["accuracy"][epoch],
-                    "test accuracy": history["val_accuracy"][epoch],
-                    "averaging %": 100
-                    * (average["communicate"] + average["pack"] + average["unpack"])
-                    / average["wall"],
-                    "images": count * lsgd.size(),
-                    "data": str(arguments.data or "CIFAR-10"),
-                }
-            )
-    return rows
+def written(path: Path) -> report.Rows:
+    """The epochs that have ended."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def recorder(path: Path, facts: dict[str, Any]) -> Any:
+    """A callback: what each epoch has shown, the mean over ranks, becomes a line of rank 0's file."""
+    import keras
+
+    from hvd_localsgd import devices
+
+    communicator = devices.get()
+
+    class Recorder(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            if not hasattr(self, "before"):
+                rows = written(path)[:epoch]  # of an epoch that is begun again there is no line
+                self.before = rows[-1]["seconds"] if rows else 0.0
+                if communicator.rank == 0:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if not hasattr(self, "began"):  # the first step of each life compiles
+                self.began = time.perf_counter() - self.before
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            names = ("loss", "accuracy", "val_accuracy", "averaging")
+            own = {name: float((logs or {}).get(name, np.nan)) for name in names}
+            everybody = [json.loads(each) for each in communicator.gather(json.dumps(own).encode())]
+            mean = {name: float(np.mean([each[name] for each in everybody])) for name in names}
+            row = {**facts, "epoch": epoch + 1, "seconds": time.perf_counter() - self.began, "loss": mean["loss"]}
+            row |= {"accuracy": mean["accuracy"], "test accuracy": mean["val_accuracy"]}
+            row["averaging %"] = 100 * mean["averaging"]
+            if communicator.rank == 0:
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+    return Recorder()
 
 
 def draw(figure: Any, rows: report.Rows) -> None:
@@ -153,9 +191,10 @@ def draw(figure: Any, rows: report.Rows) -> None:
     panels = figure.subplots(2, 2)
     for line, column in zip(panels, ("loss", "test accuracy"), strict=True):
         for panel, axis in zip(line, ("epoch", "seconds"), strict=True):
-            for interval in sorted({row["I"] for row in rows}):
-                points = [(row[axis], row[column]) for row in rows if row["I"] == interval]
-                panel.plot(*zip(*points, strict=True), marker=".", label=f"I = {interval}")
+            for ranks, curve in sorted({(row["ranks"], row["I"]) for row in rows}, key=str):
+                points = [(row[axis], row[column]) for row in rows if (row["ranks"], row["I"]) == (ranks, curve)]
+                name = curve if curve == "gradients" else f"I = {curve}"
+                panel.plot(*zip(*points, strict=True), marker=".", label=f"{ranks} ranks, {name}")
             panel.set_xlabel(axis)
             panel.set_ylabel(column)
     panels[0, 0].legend(frameon=False, fontsize=8)
@@ -173,6 +212,9 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--no-augmentation", action="store_true", help="no crops and flips")
+    parser.add_argument("--falls", type=int, nargs="+", metavar="EPOCH", help="after which the rate is divided by ten")
+    parser.add_argument("--gradients", action="store_true", help="also gradients averaged at every step, by Horovod")
+    parser.add_argument("--work", type=Path, help="a folder in which every epoch is kept, to go on from")
     parser.add_argument("--full", action="store_true", help="all images, 200 epochs")
     arguments = parser.parse_args()
     if arguments.full:
