@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 
 from hvd_localsgd.communicators import choose, stalls
@@ -11,6 +12,7 @@ from hvd_localsgd.communicators.launchers import children, detect
 from hvd_localsgd.core import failures
 
 _ready: Communicator | None = None
+_joining = threading.RLock()  # several threads may ask at once, and MPI is initialised once
 
 
 def init(communicator: str = "auto", stall_warning: float | None = None, stall_timeout: float | None = None) -> None:
@@ -39,14 +41,15 @@ def init(communicator: str = "auto", stall_warning: float | None = None, stall_t
 def get(communicator: str = "auto") -> Communicator:
     """``init``, and the communicator itself."""
     global _ready
-    chosen = choose(communicator)
-    if _ready is not chosen:
-        _ready = chosen
-        failures.install(chosen)
-        if chosen.size > 1:
-            _take_own_devices(chosen)
-        elif hint := detect().hint:
-            warnings.warn(hint, stacklevel=3)
+    with _joining:
+        chosen = choose(communicator)
+        if _ready is not chosen:
+            _ready = chosen
+            failures.install(chosen)
+            if chosen.size > 1:
+                _take_own_devices(chosen)
+            elif hint := detect().hint:
+                warnings.warn(hint, stacklevel=3)
     return chosen
 
 

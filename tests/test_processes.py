@@ -310,3 +310,16 @@ def test_what_the_warning_says_helps(tmp_path):
     result = run(tmp_path, MPI + TENSORFLOW + INIT + END, environment={"LD_BIND_NOW": "1"})
     assert result.status == 0, result.output
     assert CRASH not in result.output, result.output
+
+
+def test_several_threads_may_ask_first():
+    """MPI is initialised once."""
+    program = (
+        "import threading, hvd_localsgd as lsgd\n"
+        "start, sizes = threading.Barrier(8), []\n"
+        "threads = [threading.Thread(target=lambda: (start.wait(), sizes.append(lsgd.size()))) for _ in range(8)]\n"
+        "[thread.start() for thread in threads], [thread.join() for thread in threads]\n"
+        "assert sizes == [2] * 8, sizes"
+    )
+    result = launched.mpirun(2, "-c", program)
+    assert result.status == 0, result.output
