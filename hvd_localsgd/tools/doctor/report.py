@@ -87,11 +87,13 @@ def _hosts(job: Job) -> Table:
     table = _table("Hosts", "host", "ranks", "cores", "GPUs", "networks that are up", "traffic was on")
     for host, ranks in list(job.hosts().items())[:_ROWS]:
         first, sent = ranks[0], sum(sum(rank.sent) for rank in ranks)
+        cores = len({core for rank in ranks for core in rank.cores})
         carried = [f"{network.name} {network.moved / 1e6:.0f} MB" for network in first.networks if network.moved > 1e6]
         table.add_row(
             host,
             str(len(ranks)),
-            f"{len({core for rank in ranks for core in rank.cores})} of {first.job_cores}",
+            # A scheduler that binds nobody lets ranks have others' cores.
+            f"{cores} of {first.job_cores}" if cores <= first.job_cores else f"{cores}; the job has {first.job_cores}",
             str(len(first.gpus)),
             ", ".join(f"{n.name} {n.mbits / 1000:g} Gbit/s" if n.mbits else n.name for n in first.networks),
             ", ".join(carried) or ("shared memory" if sent else "-"),
