@@ -2,7 +2,7 @@
 
     python benchmarks/large_report.py --sizes 16x1000 256x10000
 
-The largest writes 1.4 GB into a folder that is taken away again.
+The largest writes 1.2 GB into a folder that is taken away again.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_plan_of_the_largest_numbers_is_a_plan(capsys):
     parser = argparse.ArgumentParser()
     plan.add_arguments(parser)
     for end in (0, 1):
-        plan.show(parser.parse_args([f"{plan._option(name)}={limits[end]}" for name, limits in plan._NUMBERS.items()]))
+        plan.show(parser.parse_args([f"{plan.option(name)}={limits[end]}" for name, limits in plan.NUMBERS.items()]))
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 

@@ -107,6 +107,8 @@ def test_sbatch_requeues_a_job_that_was_asked_to_end(tmp_path):
     result = launched.start([*cluster, "bash", "-c", commands], 240, path)
     output = result.output + (tmp_path / "out").read_text()
     assert result.status == 0, output
+    assert "ended with 75" in output, output
+    assert "life 1 ended with 0" in output, output
     assert re.search(r"rank \d on node[12] is asked to end", output), output
     assert "goes on from round" in output, output
     assert len(re.findall(r"rank \d holds", output)) == 2, output

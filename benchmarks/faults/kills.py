@@ -151,10 +151,10 @@ def main() -> int:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each place."""
+    """A row for each place, and one for all."""
+    by_place = {place: [row for row in rows if row["place"] == place] for place in PLACES} | {"all": rows}
     found = []
-    for place in PLACES:
-        own = [row for row in rows if row["place"] == place]
+    for place, own in by_place.items():
         seconds = sorted(row["recovery_s"] for row in own if row["recovery_s"] is not None)
         if own:
             found.append(

@@ -114,7 +114,7 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
         image = tf.image.random_crop(tf.pad(image, [[4, 4], [4, 4], [0, 0]]), (32, 32, 3))
         return tf.image.random_flip_left_right(image), label
 
-    keras.utils.set_random_seed(1 + lsgd.rank())
+    keras.utils.set_random_seed(1)
     model = resnet20(int(y_train.max()) + 1)
     steps = count // arguments.batch
     falls = arguments.falls or [arguments.epochs // 2, arguments.epochs * 3 // 4]
@@ -135,7 +135,7 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
         callbacks = [lsgd.LocalSGDCallback(curve), lsgd.LocalSGDCheckpoint(work, max(1, steps // int(curve))), record]
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
-    images = tf.data.Dataset.from_tensor_slices((x_train[own], y_train[own])).shuffle(count)
+    images = tf.data.Dataset.from_tensor_slices((x_train[own], y_train[own])).shuffle(count, seed=lsgd.rank())
     if not arguments.no_augmentation:
         images = images.map(augment)
     model.fit(

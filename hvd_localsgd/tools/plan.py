@@ -10,7 +10,7 @@ from typing import Any
 from hvd_localsgd.core import theory
 
 # The least and the most that makes sense, and what it is.
-_NUMBERS: dict[str, tuple[float, float, str]] = {
+NUMBERS: dict[str, tuple[float, float, str]] = {
     "samples": (1, 10**15, "in the training data"),
     "epochs": (1e-6, 1e9, "times that all of them are seen"),
     "ranks": (1, 10**7, "K"),
@@ -85,27 +85,28 @@ def choices(job: Job, constants: dict[str, Any]) -> list[tuple[int, str, str]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    for name, (low, _, what) in _NUMBERS.items():
+    for name, (low, _, what) in NUMBERS.items():
         default = {"default": 50.0} if name == "latency" else {"required": True}
-        parser.add_argument(_option(name), type=type(low), help=what, **default)
+        parser.add_argument(option(name), type=type(low), help=what, **default)
     for name, what in _CONSTANTS.items():
-        parser.add_argument(_option(name), type=float, help=f"{what}, if known")
+        parser.add_argument(option(name), type=float, help=f"{what}, if known")
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """As it is typed."""
     return f"--{name.replace('_', '-')}"
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name, (low, high, what) in _NUMBERS.items():
+    for name, (low, high, what) in NUMBERS.items():
         if not low <= getattr(arguments, name) <= high:  # which NaN is not, either
             raise ValueError(
-                f"{_option(name)} must be from {low:g} to {high:g} ({what}). Received: {getattr(arguments, name)}"
+                f"{option(name)} must be from {low:g} to {high:g} ({what}). Received: {getattr(arguments, name)}"
             )
     for name, what in _CONSTANTS.items():
         value = getattr(arguments, name)
         if value is not None and not 1e-30 <= value <= 1e30:
-            raise ValueError(f"{_option(name)} must be from 1e-30 to 1e+30 ({what}). Received: {value}")
+            raise ValueError(f"{option(name)} must be from 1e-30 to 1e+30 ({what}). Received: {value}")
 
 
 def show(arguments: argparse.Namespace) -> None:

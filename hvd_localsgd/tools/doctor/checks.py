@@ -220,7 +220,7 @@ def even_links(job: Job) -> Iterator[Finding]:
     """No two ranks, on one host or on two, are much worse connected than others."""
     hosts = {rank.rank: rank.host for rank in job.ranks}
     for inside in (True, False):
-        links = [link for link in job.links if (hosts[link.a] == hosts[link.b]) == inside]
+        links = job.links_where(inside)
         if len(links) < 3:
             continue
         middle = sorted(link.bandwidth for link in links)[len(links) // 2]

@@ -138,6 +138,11 @@ class Job:
             hosts.setdefault(rank.host, []).append(rank)
         return hosts
 
+    def links_where(self, inside: bool) -> list[Link]:
+        """Those between ranks of one host; or those between hosts."""
+        hosts = {rank.rank: rank.host for rank in self.ranks}
+        return [link for link in self.links if (hosts[link.a] == hosts[link.b]) == inside]
+
     def gpu(self, rank: Rank) -> tuple[str, str] | None:
         """UUID and name of the one that ``lsgd.init`` gives to a rank: of those it sees, that of its local rank."""
         if not rank.gpus:

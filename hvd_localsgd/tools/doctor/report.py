@@ -111,10 +111,8 @@ def _ranks(job: Job) -> Table:
 
 def _speeds(job: Job) -> Table:
     table = _table("Messages", "between", "latency", "of the worst", "MB/s", "of the worst", "which is")
-    hosts = {rank.rank: rank.host for rank in job.ranks}
     for words, inside in (("ranks of a host", True), ("hosts", False)):
-        links = [link for link in job.links if (hosts[link.a] == hosts[link.b]) == inside]
-        if links:
+        if links := job.links_where(inside):
             worst: Link = min(links, key=lambda link: link.bandwidth)
             table.add_row(
                 words,
