@@ -117,9 +117,9 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
     keras.utils.set_random_seed(1)
     model = resnet20(int(y_train.max()) + 1)
     steps = count // arguments.batch
-    falls = arguments.falls or [arguments.epochs // 2, arguments.epochs * 3 // 4]
+    falls = arguments.falls or [arguments.epochs / 2, arguments.epochs * 3 / 4]
     rates = [arguments.learning_rate / 10**fall for fall in range(len(falls) + 1)]
-    rate = keras.optimizers.schedules.PiecewiseConstantDecay([steps * epoch for epoch in falls], rates)
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([int(steps * epoch) for epoch in falls], rates)
     optimizer, callbacks = keras.optimizers.SGD(rate, momentum=arguments.momentum), []
     facts = {"I": curve, "ranks": lsgd.size(), "images": count * lsgd.size(), "data": str(arguments.data or "CIFAR-10")}
     record = recorder(work.with_suffix(".jsonl"), facts)
