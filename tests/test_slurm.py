@@ -68,8 +68,9 @@ def test_a_rank_that_raises_ends_the_step():
     assert re.search(r"^1: .*ValueError: trouble in the middle", result.output, re.M), result.output
 
 
-STEPS = """
-say='import hvd_localsgd as lsgd; lsgd.init(); print("rank", lsgd.rank(), "of", lsgd.size())'
+# The line is written at once: what a rank writes in pieces, mpirun mixes with what others write.
+STEPS = r"""
+say='import hvd_localsgd as lsgd; lsgd.init(); print(f"rank {lsgd.rank()} of {lsgd.size()}\n", end="")'
 echo == no plug-in; srun -n 2 $PYTHON -c "$say"
 echo == another plug-in; srun --mpi=pmi2 -n 2 $PYTHON -c "$say"
 echo == one process; srun -n 1 $PYTHON -c "$say"
@@ -88,7 +89,7 @@ def test_srun_without_a_plug_in_and_shells_inside_it(tmp_path):
     (tmp_path / "tensorflow").mkdir()  # which loads at once, and is not what is asked about
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise ModuleNotFoundError('tensorflow')")
     (tmp_path / "say.py").write_text(
-        "import hvd_localsgd as lsgd\nlsgd.init()\nprint('rank', lsgd.rank(), 'of', lsgd.size())"
+        "import hvd_localsgd as lsgd\nlsgd.init()\nprint(f'rank {lsgd.rank()} of {lsgd.size()}')"
     )
     mpirun, variables = launched.launch.command(2, [])
     environment = {
