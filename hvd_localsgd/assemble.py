@@ -140,7 +140,7 @@ def engine(
         more.append(guards.Change(anchor))
     survivors = Survivors(communicator, settings.on_failure == "continue")
     kind = Overlapped if settings.overlap else Pipeline
-    pipeline = kind(memory, choose, outer, more, timings, survivors, settings.fragments)
+    pipeline = kind(memory, choose, outer, more, timings, survivors, native.scale, settings.fragments)
     averages = Averages(settings, coordination, pipeline, timings, survivors)
     return LocalSGD(settings, communicator, coordination, averages, finish_at_exit)
 

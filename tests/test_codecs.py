@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_localsgd.backends import native
+from hvd_localsgd.core import stages
 from hvd_localsgd.core.codecs import BLOCK, CODECS
 
 TOP = {"bf16": 1, "fp16": 1, "int8": 127}
@@ -95,3 +96,19 @@ def test_a_block_does_not_suffer_from_its_neighbours(codec_of, name):
     values[:BLOCK] *= 1e30
     decoded, _, _ = through(codec_of(name), values)
     np.testing.assert_allclose(decoded, values, rtol=0.01)
+
+
+@given(st.integers(1, 300), st.data(), st.sampled_from([np.nan, np.inf, -np.inf]), st.sampled_from([0.0, 0.25, 1 / 3]))
+def test_a_weight_is_given_and_what_is_not_finite_is_seen(codec_of, size, data, bad, weight):
+    scale = stages.scale if codec_of == CODECS.__getitem__ else native.scale
+    random = np.random.default_rng(size)
+    values = np.append(random.normal(size=size) * 10.0 ** random.uniform(-44, 18, size), 1).astype(np.float32)
+    expected = values[:size] * np.float32(weight)
+    own, witness = scale(values[:size], weight)
+    np.testing.assert_array_equal(own, expected)
+    assert np.shares_memory(own, values), "in place"
+    assert values[size] == 1, "and no farther"
+    assert np.isfinite(witness)
+    own[data.draw(st.integers(0, size - 1))] = bad
+    with np.errstate(invalid="ignore"):
+        assert not np.isfinite(scale(own, weight)[1])

@@ -111,6 +111,26 @@ inline __attribute__((always_inline)) void Decode(const typename Codec::Code* co
 
 }  // namespace
 
+// stages.scale: values times a weight, and NaN if one of them is not finite.
+extern "C" EVERY_MACHINE float scale(float* values, int64_t size, float weight) {
+  float witness[kLanes] = {0};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float value = values[i + lane];
+      witness[lane] += value * 0.0f;
+      values[i + lane] = value * weight;
+    }
+  }
+  for (; i < size; ++i) {
+    witness[0] += values[i] * 0.0f;
+    values[i] *= weight;
+  }
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += witness[lane];
+  return sum;
+}
+
 #define FUNCTIONS(name, Codec)                                                                                            \
   extern "C" EVERY_MACHINE void name##_encode(float* values, int64_t blocks, float* scales, Codec::Code* codes,           \
                                               double* sums) {                                                             \

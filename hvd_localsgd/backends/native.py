@@ -1,4 +1,4 @@
-"""The compiled codecs, where ``tools/build_kernel.py`` has built them: one pass instead of ten, and the same bits.
+"""What is compiled of the arithmetic, where ``tools/build_kernel.py`` has built it: one pass instead of several, and the same bits.
 
 Optional, as the kernel for TensorFlow's variables is.
 """
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from hvd_localsgd import cache
+from hvd_localsgd.core import stages
 from hvd_localsgd.core.codecs import BLOCK, CODECS, Codec, Scaled
+from hvd_localsgd.core.layout import Array
 
 SOURCE = Path(__file__).with_name("codecs.cc")
 # A product and a sum are rounded one after the other, as numpy does it.
@@ -29,13 +31,22 @@ def path() -> Path:
 @functools.cache
 def load() -> Any:
     """The library, or None if it has not been built, or not for a machine like this."""
-    return cache.load(path(), ctypes.CDLL, "codecs")
+    if library := cache.load(path(), ctypes.CDLL, "codecs"):
+        library.scale.restype = ctypes.c_float
+    return library
 
 
 def codec(name: str) -> Codec:
     """The compiled one, or numpy's."""
     library, plain = load(), CODECS[name]
     return plain if library is None else Compiled(library, name, plain)
+
+
+def scale(values: Array, weight: float) -> tuple[Array, float]:
+    """As ``core.stages.scale``."""
+    if (library := load()) is None or not isinstance(values, np.ndarray) or values.dtype != np.float32:
+        return stages.scale(values, weight)
+    return values, library.scale(_address(values), ctypes.c_int64(values.size), ctypes.c_float(weight))
 
 
 class Compiled:

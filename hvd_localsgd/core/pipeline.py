@@ -16,7 +16,7 @@ from hvd_localsgd.core.guards import Anchor
 from hvd_localsgd.core.layout import Array, Block, Chunk
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
-from hvd_localsgd.core.stages import Drift, Finite, Stage
+from hvd_localsgd.core.stages import Drift, Stage, Weigh
 from hvd_localsgd.core.state import State, below, under
 from hvd_localsgd.core.survivors import Survivors
 from hvd_localsgd.core.timing import Timings
@@ -103,6 +103,7 @@ class Pipeline:
         stages: what happens to the values on their way, outermost first.
         timings: where the seconds go.
         survivors: what happens if a rank dies.
+        scale: as ``stages.scale``.
         parts: fragments of the model that are averaged one after another.
     """
 
@@ -117,20 +118,21 @@ class Pipeline:
         stages: Sequence[Stage],
         timings: Timings,
         survivors: Survivors,
+        scale: Callable[[Array, float], tuple[Array, float]],
         parts: int = 1,
     ) -> None:
         self.memory, self.timings, self.survivors, self._parts = memory, timings, survivors, parts
         self.reducer: Reducer | None = None
         self._choose = choose
-        self._finite, self._drift = Finite(), Drift()
+        self._weigh, self._drift = Weigh(scale), Drift()
         self._anchor = next((stage for stage in outer if isinstance(stage, Anchor)), None)
-        self._stages: tuple[Stage, ...] = (self._finite, *outer, self._drift, *stages)
+        self._stages: tuple[Stage, ...] = (*outer, self._drift, *stages)
         self._outcome = Outcome()
         self._carried: State = {}  # what a reducer kept, on to the one after it
 
     def start(self) -> None:
         """All ranks hold the same values and are about to train (collective)."""
-        self._carried = {}
+        self._carried, self._weigh.found = {}, None
         self._lay_out()
         if self.reducer is not None:
             with self.memory.open() as arrays:
@@ -193,7 +195,7 @@ class Pipeline:
                 stage.prepare(now, arrays)
             for chunk in due:
                 values = self._out(chunk, arrays, self._scratch, weight)
-                if reducer.one_sided and self._finite.found:
+                if reducer.one_sided and self._weigh.found:
                     self._outcome = Outcome(math.nan)  # before the others can read it
                     return
                 lap("pack")
@@ -238,8 +240,7 @@ class Pipeline:
         values = chunk.load(arrays, scratch)
         for stage in self._stages:
             values = stage.send(chunk, values)
-        values *= weight
-        return values
+        return self._weigh(chunk, values, weight)
 
     def _back(self, chunk: Chunk, arrays: list[Array], values: Array) -> None:
         for stage in reversed(self._stages):
@@ -257,7 +258,7 @@ class Pipeline:
     def _measure(self, weight: float, ranks: int, due: Sequence[Chunk]) -> Outcome:
         assert self.reducer is not None
         squared = self._drift.squared() / max(ranks, 1) if weight else 0.0
-        total = self.reducer.total(math.nan if self._finite.found else squared)
+        total = self.reducer.total(math.nan if self._weigh.found else squared)
         drift = math.sqrt(total) if total >= 0 else math.nan
         return Outcome(drift, sum(map(self.reducer.bytes, due)), error=self.reducer.error)
 
@@ -279,7 +280,7 @@ class Pipeline:
     @property
     def unfinite(self) -> str:
         """The variable in which this rank was about to send NaN or infinity; empty if it was not."""
-        return self.memory.name(*self._finite.found) if self._finite.found else ""
+        return self.memory.name(*self._weigh.found) if self._weigh.found else ""
 
     def state(self) -> State:
         """What the stages and the reducer keep from sync to sync: what is this rank's own, and what is the same on all."""

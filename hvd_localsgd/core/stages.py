@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -113,28 +113,40 @@ class PooledVariance(Stage):
             arrays[other][first:last] += sign * (arrays[block][start:stop] - mean) ** 2
 
 
-class Finite(Stage):
-    """Is everything finite that goes out? Outermost: it brings the values into the cache, where the next can use them.
+def scale(values: Array, weight: float) -> tuple[Array, float]:
+    """Values times a weight, in place where they can be; and a number that is not finite if one of the values was not.
+
+    Every value is a factor in the product of the two halves. Finite values may overflow there.
+    """
+    half = (values.shape[0] + 1) // 2
+    if isinstance(values, np.ndarray):
+        product = values[:half].dot(values[-half:])
+    else:
+        product = np.asarray(values[None, :half] @ values[-half:, None]).item()
+    values *= weight
+    return values, product
+
+
+class Weigh:
+    """Gives what goes out its weight, and looks whether it is finite: both in the same pass, where that is compiled.
+
+    Args:
+        scale: as ``scale``.
 
     Attributes:
         found: (block, element) of the first that was not.
     """
 
-    found: tuple[int, int] | None
+    found: tuple[int, int] | None = None
 
-    def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
-        """Nothing found."""
-        self.found = None
+    def __init__(self, scale: Callable[[Array, float], tuple[Array, float]]) -> None:
+        self._scale = scale
 
-    def send(self, chunk: Chunk, values: Array) -> Array:
-        """Every element is a factor in the product of the chunk's two halves: what is not finite, is not finite there."""
-        half = (chunk.elements + 1) // 2
-        if isinstance(values, np.ndarray):
-            product = values[:half].dot(values[-half:])
-        else:
-            product = np.asarray(values[None, :half] @ values[-half:, None]).item()
-        if not math.isfinite(product) and self.found is None:
-            self._look_closely(chunk, np.asarray(values))  # finite values may have overflowed
+    def __call__(self, chunk: Chunk, values: Array, weight: float) -> Array:
+        """The values, weighted."""
+        values, witness = self._scale(values, weight)
+        if not math.isfinite(witness) and self.found is None:
+            self._look_closely(chunk, np.asarray(values))
         return values
 
     def _look_closely(self, chunk: Chunk, values: np.ndarray) -> None:
@@ -146,7 +158,7 @@ class Finite(Stage):
 
 
 class Drift(Stage):
-    """How far this rank is from the average. It sees what was, and what is: only ``Finite`` is farther out."""
+    """How far this rank is from the average. It sees what was, and what is: outermost of all."""
 
     def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
         """How much of each chunk to look at."""

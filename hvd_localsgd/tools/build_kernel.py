@@ -1,7 +1,7 @@
 """Build what is compiled, once: ``python -m hvd_localsgd.tools.build_kernel``.
 
-That is the kernel for this environment's TensorFlow, and the codecs of ``compression=``. Optional: without the codecs numpy
-does their work, in several times the time; without the kernel TensorFlow reads and assigns every small variable by an
+That is the kernel for this environment's TensorFlow, the codecs of ``compression=`` and the weighting of what is sent. Optional: without
+these numpy does their work, in several times the time; without the kernel TensorFlow reads and assigns every small variable by an
 operation of its own, which matters for models that have thousands of them (docs/performance.md). It needs a C++ compiler and
 about 20 seconds, and is kept outside the tree (``$XDG_CACHE_HOME/hvd_localsgd``, by default below ``~/.cache``), where every process that averages finds it.
 """

@@ -104,6 +104,7 @@ class TensorFlowMemory:
         """
         self._own = set(map(id, own))
         self._start, self._reset_state, self._statistics = list(start), reset_state, list(statistics)
+        self._constrained = [each for each in self.variables if getattr(each, "constraint", None) is not None]
         self.restart = restart
 
     def holds(self, averaged: Sequence[Any]) -> bool:
@@ -126,9 +127,8 @@ class TensorFlowMemory:
             self._constrain()
 
     def _constrain(self) -> None:
-        for variable in self.variables:
-            if getattr(variable, "constraint", None) is not None:
-                variable.assign(variable.constraint(variable))
+        for variable in self._constrained:
+            variable.assign(variable.constraint(variable))
 
     def place(self, variable: Any) -> tuple[int, int, int]:
         """Block, start, stop; nothing, of no block, if it is empty."""
