@@ -33,6 +33,7 @@ def load() -> Any:
     """The library, or None if it has not been built, or not for a machine like this."""
     if library := cache.load(path(), ctypes.CDLL, "codecs"):
         library.scale.restype = ctypes.c_float
+        library.scale.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_float)
     return library
 
 
@@ -46,7 +47,7 @@ def scale(values: Array, weight: float) -> tuple[Array, float]:
     """As ``core.stages.scale``."""
     if (library := load()) is None or not isinstance(values, np.ndarray) or values.dtype != np.float32:
         return stages.scale(values, weight)
-    return values, library.scale(_address(values), ctypes.c_int64(values.size), ctypes.c_float(weight))
+    return values, library.scale(values.ctypes.data, values.size, weight)
 
 
 class Compiled:

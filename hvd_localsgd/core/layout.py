@@ -84,13 +84,11 @@ class Chunk:
 
     def save(self, arrays: list[Array], values: Array) -> None:
         """The inverse; tensors, which cannot be written to, take the place of their block."""
-        for index, own, place in self.places():
-            if isinstance(values, np.ndarray):
-                target, piece = arrays[index][own], values[place]
-                if not (self.direct and np.may_share_memory(target, piece)):
-                    target[:] = piece
-            else:
-                arrays[index] = values
+        if not isinstance(values, np.ndarray):
+            arrays[self.pieces[0][0]] = values
+        elif not (self.direct and np.may_share_memory(arrays[self.pieces[0][0]], values)):
+            for index, own, place in self.places():
+                arrays[index][own] = values[place]
 
 
 Stretch = tuple[int, int, int]  # block, start, stop

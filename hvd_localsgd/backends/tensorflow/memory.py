@@ -181,7 +181,9 @@ class TensorFlowMemory:
         """The smallest."""
         if self._probe is None:
             return True
-        return bool(np.isfinite(self._probe.components[0].numpy().astype(np.float32)).all())
+        part = self._probe
+        value = tf.raw_ops.ReadVariableOp(resource=part.handle, dtype=part.dtype)  # .numpy() takes three times as long
+        return bool(np.isfinite(value._numpy().astype(np.float32)).all())
 
     # From Python: two calls into TensorFlow, or one if all is in place.
 
