@@ -120,6 +120,27 @@ def test_stich(tmp_path, libsvm):
             assert row["difference"] < 1e-6, "the MPI ranks' iterates are not the simulation's"
 
 
+def test_what_was_tuned_is_not_tuned_again(tmp_path, libsvm, monkeypatch):
+    import stich_w8a
+
+    problem = stich_w8a.Problem(libsvm[0])
+    work, near = tmp_path / "work.jsonl", None
+    for run, epsilon in (((1, 1, 4), 0.05), ((2, 3, 4), 0.05), ((1, 1, 4), 1e-9)):
+        near = stich_w8a.Tuned(problem, libsvm[1], 300, work).best(run, epsilon, near)
+        expected = stich_w8a.tune(problem, libsvm[1], run, epsilon, 300, None)
+        assert (near is None) == (expected is None) == (epsilon < 1e-6)
+    monkeypatch.delattr(stich_w8a, "tune")
+    again = stich_w8a.Tuned(problem, libsvm[1], 300, work)
+    assert again.best((1, 1, 4), 1e-9, None) is None
+    steps, value, config = again.best((2, 3, 4), 0.05, None)
+    iterates = stich_w8a.simulate(problem, config, steps)
+    target = stich_w8a.Target(problem, libsvm[1], [0.05])
+    assert [step for step, x in enumerate(iterates, 1) if target.add(step, x.mean(0))] == [steps]
+    assert target.values[0.05] == value
+    with pytest.raises(NameError):
+        again.best((2, 3, 4), 0.04, None)
+
+
 def test_stichs_speed_ups_are_against_one_rank_that_sends_nothing():
     import stich_w8a
 
@@ -202,3 +223,32 @@ def test_methods(tmp_path):
     assert [row["syncs"] for row in rows] == [2 * -(-47 // 4), 2 * -(-47 // 32)]
     assert all(row["megabytes"] == pytest.approx(row["syncs"] * 4 * (65 + 129) * 128 / 1e6, rel=0.1) for row in rows)
     assert all(0.5 < row["accuracy"] <= 1 for row in rows)
+
+
+def test_a_grid_goes_on_where_it_was(tmp_path):
+    import grid
+
+    random = np.random.default_rng(0)
+    labels = np.arange(512) % 10
+    images = (random.integers(0, 20, (512, 8, 8)) + 20 * labels[:, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images[:128], y_test=labels[:128])
+    *known, last = grid.rounds()
+    facts = {"table": "rounds", "ranks": 2, "steps": 256, "images": 256, "seed": 0}
+    numbers = {"loss": 1.0, "local steps": 1, "syncs": 1, "megabytes": 1.0}
+    lines = [{**facts, **case, **numbers, "accuracy": place / 10} for place, case in enumerate(known)]
+    lines.append({**lines[0], "seed": 1, "accuracy": 0.3})
+    lines.append({**lines[0], "steps": 512, "accuracy": 0.9})  # of another table
+    work = tmp_path / "work.jsonl"
+    work.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sizes = ("--steps", 256, "--subset", 256, "--repeats", 1, "--accuracy", 0.11)
+    rows = run(tmp_path, "grid.py", "rounds", "--data", tmp_path / "data.npz", "--work", work, *sizes)
+    assert [(row["outer"], row["H"]) for row in rows] == [(case["outer"], case["H"]) for case in (*known, last)]
+    assert [row["accuracy"] for row in rows[:-1]] == [0.15, 0.1, 0.2, 0.3, 0.4]
+    assert (rows[0]["seeds"], rows[0]["least"], rows[0]["most"]) == (2, 0.0, 0.3)
+    trained = [json.loads(line) for line in work.read_text().splitlines()][len(lines) :]
+    assert [(row["H"], row["outer"]) for row in trained] == [(last["H"], last["outer"])]
+    assert trained[0]["local steps"] == 128 * len(trained[0]["history"])
+    assert trained[0]["syncs"] == len(trained[0]["history"])
+    weights = 4 * ((32 * 32 * 3 + 1) * 128 + 129 * 128 + 129 * 10)
+    assert trained[0]["megabytes"] == pytest.approx(trained[0]["syncs"] * weights / 1e6, rel=0.01)
+    assert trained[0]["history"][-1] >= 0.11

@@ -1,13 +1,14 @@
 """Stich (2018), section 4: logistic regression on w8a, speed-up against the number of ranks for each H.
 
 python benchmarks/papers/stich_w8a.py --data w8a.bz2 --ranks 1 2 4 8 16 --sync-every 1 2 4 8 16 --batch 4 16 --epsilon 0.02 0.01
+python benchmarks/papers/stich_w8a.py --data w8a.bz2 --epsilon 0.005 0.0001 --limit 1000000 --work runs/w8a.jsonl        hours, in pieces
 python benchmarks/papers/stich_w8a.py --data w8a.bz2 --quick
 
 Any LIBSVM file with two classes will do. For every K, H and b the step size is tuned as in the paper, over min(32, c n/(t + 1)) and
 32 c for powers of two c, and the local steps T are counted until f - f* <= epsilon holds for the last iterate or one of the uniform,
 linear and quadratic averages of iterates, each averaged over ranks. Tuning is done by a simulation of Algorithm 1 in numpy; with
 --mpi the tuned runs are then run again as Keras models on that many MPI ranks, through LocalSGDCallback, and must give the same
-iterates to 1e-6. f* is found by SciPy's Newton-CG.
+iterates to 1e-6. f* is found by SciPy's Newton-CG. With --work what was tuned is kept: started again, the others follow.
 
 Speed-ups are against K = 1, H = 1 with the same b: in steps, and in time if sending a vector takes as long as rho = 25 gradients and
 K ranks send 2 (K - 1) of them each round.
@@ -181,6 +182,29 @@ def tune(
     return best
 
 
+class Tuned:
+    """Of each run the best; in a file, if there is one."""
+
+    def __init__(self, problem: Problem, optimum: float, limit: int, path: Path | None) -> None:
+        self._problem, self._optimum, self._limit, self._path = problem, optimum, limit, path
+        self._known: dict[tuple[Any, ...], Best | None] = {}
+        for line in path.read_text().splitlines() if path and path.exists() else []:
+            *run, best = json.loads(line)
+            self._known[tuple(run)] = best and (best[0], best[1], Config(**best[2]))
+
+    def best(self, run: tuple[int, int, int], epsilon: float, near: Best | None) -> Best | None:
+        """As ``tune``."""
+        key = (*run, epsilon, self._limit)
+        if key not in self._known:
+            best = tune(self._problem, self._optimum, run, epsilon, self._limit, near)
+            self._known[key] = best
+            if self._path:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a") as file:
+                    file.write(json.dumps([*key, best and [*best[:2], asdict(best[2])]]) + "\n")
+        return self._known[key]
+
+
 def result(
     ranks: int, interval: int, batch: int, epsilon: float, best: Any, alone: tuple[int, float, Config] | None
 ) -> dict[str, Any]:
@@ -313,6 +337,7 @@ def main() -> int:
         "--mpi", type=int, nargs="*", default=[2, 4], help="those of --ranks to run on real MPI ranks too"
     )
     parser.add_argument("--limit", type=int, default=100_000, help="steps")
+    parser.add_argument("--work", type=Path, help="a file of what was tuned")
     parser.add_argument("--quick", action="store_true", help="K = 1, 2, 4; H = 1, 4, 16; b = 16; epsilon = 0.01")
     parser.add_argument("--json", type=Path, default=Path("runs/stich_w8a.json"))
     parser.add_argument("--real", type=Path, help=argparse.SUPPRESS)
@@ -326,14 +351,15 @@ def main() -> int:
     optimum = problem.optimum()
     print(f"{problem.n} samples, {problem.dimension} features, f* = {optimum:.12f}", flush=True)
     rows: report.Rows = []
+    tuned = Tuned(problem, optimum, arguments.limit, arguments.work)
     for batch in arguments.batch:
         for epsilon in arguments.epsilon:
-            alone = tune(problem, optimum, (1, 1, batch), epsilon, arguments.limit, None)
+            alone = tuned.best((1, 1, batch), epsilon, None)
             for interval in arguments.sync_every:
                 best = alone
                 for ranks in sorted(arguments.ranks):
                     if ranks > 1:  # one rank has nothing to average
-                        best = tune(problem, optimum, (ranks, interval, batch), epsilon, arguments.limit, best)
+                        best = tuned.best((ranks, interval, batch), epsilon, best)
                     rows.append(result(ranks, interval, batch, epsilon, best, alone))
                     print(
                         f"b = {batch}, ε = {epsilon:g}, H = {interval}, K = {ranks}: T = {rows[-1]['steps']}",
