@@ -116,7 +116,7 @@ def cell(column: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if column.endswith("_s"):
-        return f"{1e3 * value:.1f}"
+        return f"{1e3 * value:.1f}".replace("-", "−")
     return f"{value:.3g}".replace("-", "−") if isinstance(value, float) else str(value)
 
 
