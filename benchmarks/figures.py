@@ -1,4 +1,4 @@
-"""Every table of measured figures in README and docs: which commands measure it, and how it is written.
+"""Tables of measured figures in README and docs: which commands measure them, and how they are written.
 
 What was measured is in docs/figures.json; `benchmarks/all` measures and writes. In a page a table stands between
 ``<!-- figures: NAME -->`` and ``<!-- /figures -->``.
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import report
+
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "figures.json"
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,11 @@ class Figure:
     Attributes:
         commands: as a user types them, below the repository's root.
         columns: of the rows, those that are kept.
-        minutes: about, on two cores.
     """
 
     commands: tuple[str, ...]
     columns: tuple[str, ...]
-    minutes: float = 5
 
-
-_CLUSTER = "benchmarks/cluster/run --rate {} --hosts {} -- .venv/bin/python benchmarks/"
 
 FIGURES = {
     "sync_cost": Figure(
@@ -56,29 +53,6 @@ FIGURES = {
     "step_overhead": Figure(
         ("python benchmarks/step_overhead.py --widths 4 64",),
         ("width", "way", "step_s", "added us", "least us", "most us", "added %"),
-    ),
-    "peers": Figure(
-        ("python benchmarks/peers/compare.py --ranks 2 4 --models resnet50",),
-        ("model", "ranks", "way", "average_s", "ours ÷ theirs"),
-    ),
-    "throughput": Figure(
-        ("python benchmarks/throughput.py --ranks 2 --repeats 5",),
-        ("way", "ranks", "images/s", "of the limit", "compute %", "wait %", "communicate %"),
-    ),
-    "throughput_1gbit": Figure(
-        (_CLUSTER.format("1gbit", 4) + "throughput.py --repeats 2 --steps 64",),
-        ("way", "ranks", "images/s", "of the limit", "compute %", "wait %", "communicate %"),
-    ),
-    "network": Figure(
-        (
-            _CLUSTER.format("1gbit", 4) + "sync_cost.py --models resnet50 --repeats 3 --gbit 1",
-            _CLUSTER.format("10gbit", 2) + "sync_cost.py --models resnet50 --repeats 3 --gbit 10",
-        ),
-        ("model", "ranks", "sync_s", "raw_allreduce_s", "chunked_allreduce_s", "line_s", "ratio_line"),
-    ),
-    "scaling": Figure(
-        (_CLUSTER.format("100mbit", 8) + "scaling.py --compute-ms 20 --spread 0.1",),
-        ("kind", "ranks", "H", "measured_s", "predicted_s", "error %"),
     ),
     "many_ranks": Figure(
         ("python benchmarks/many_ranks.py",),
@@ -110,14 +84,13 @@ def known() -> dict[str, Any]:
 
 
 def cell(column: str, value: Any) -> str:
-    """As the benchmark prints it: seconds in milliseconds, three digits."""
+    """As the benchmark prints it, with a minus that is one."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if column.endswith("_s"):
-        return f"{1e3 * value:.1f}".replace("-", "−")
-    return f"{value:.3g}".replace("-", "−") if isinstance(value, float) else str(value)
+    words = report.cell(column, value)
+    return words if isinstance(value, str) else words.replace("-", "−")
 
 
 def table(name: str, measured: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
     test = slice(communicator.rank, min(len(x_test), _TEST) // communicator.size * communicator.size, communicator.size)
     data = x_train[train], y_train[train], x_test[test], y_test[test]
     facts = {"table": arguments.table, "ranks": communicator.size, "steps": arguments.steps, "images": arguments.subset}
-    rows = written(arguments.work)
+    rows = report.written(arguments.work)
     for seed, case in itertools.product(range(arguments.repeats), TABLES[arguments.table]()):
         wanted = {**facts, **case, "seed": seed}
         if any(wanted.items() <= row.items() for row in rows):
@@ -76,15 +76,8 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
         row = {**wanted, **train_one(case, seed, data, arguments)}
         rows.append(row)
         if communicator.rank == 0 and arguments.work:
-            arguments.work.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.work.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            report.keep(arguments.work, row)
     return [row for row in rows if facts.items() <= row.items()]
-
-
-def written(path: Path | None) -> report.Rows:
-    """The trainings that have ended."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
 def train_one(case: Case, seed: int, data: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -79,6 +79,18 @@ def run(
     return 0
 
 
+def written(path: Path | None) -> list[Any]:
+    """What a benchmark that goes on in pieces has kept: a line of JSON each; nothing where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+
+
+def keep(path: Path, entry: Any) -> None:
+    """One line more."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def finish(
     path: Path,
     written: dict[str, Any],
@@ -149,6 +161,15 @@ def slowest(seconds: float) -> float:
     return float(MPI.COMM_WORLD.allreduce(seconds, MPI.MAX))
 
 
+def cell(column: str, value: Any) -> str:
+    """As it stands in a table: seconds in milliseconds, three digits of what is no whole number."""
+    if value is None:
+        return "-"
+    if column.endswith("_s"):
+        return f"{1e3 * value:.1f}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def show(title: str, rows: Rows, columns: Sequence[str]) -> None:
     """The rows as a table; seconds in milliseconds."""
     from rich import box
@@ -160,14 +181,5 @@ def show(title: str, rows: Rows, columns: Sequence[str]) -> None:
         heading = column.removesuffix("_s") + " ms" if column.endswith("_s") else column
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = []
-        for column in columns:
-            value = row.get(column)
-            if value is None:
-                cells.append("-")
-            elif column.endswith("_s"):
-                cells.append(f"{1e3 * value:.1f}")
-            else:
-                cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
-        table.add_row(*cells)
+        table.add_row(*(cell(column, row.get(column)) for column in columns))
     Console(color_system=None, highlight=False, width=max(Console().width, 160)).print(table)

@@ -142,12 +142,7 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
         images.batch(arguments.batch).prefetch(2), epochs=arguments.epochs, verbose=0, shuffle=False, callbacks=callbacks,
         validation_data=(x_test[test], y_test[test]), validation_batch_size=256,
     )  # fmt: skip
-    return written(work.with_suffix(".jsonl"))
-
-
-def written(path: Path) -> report.Rows:
-    """The epochs that have ended."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return report.written(work.with_suffix(".jsonl"))
 
 
 def recorder(path: Path, facts: dict[str, Any]) -> Any:
@@ -161,7 +156,7 @@ def recorder(path: Path, facts: dict[str, Any]) -> Any:
     class Recorder(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
             if not hasattr(self, "before"):
-                rows = written(path)[:epoch]  # of an epoch that is begun again there is no line
+                rows = report.written(path)[:epoch]  # of an epoch that is begun again there is no line
                 self.before = rows[-1]["seconds"] if rows else 0.0
                 if communicator.rank == 0:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,8 +175,7 @@ def recorder(path: Path, facts: dict[str, Any]) -> Any:
             row |= {"accuracy": mean["accuracy"], "test accuracy": mean["val_accuracy"]}
             row["averaging %"] = 100 * mean["averaging"]
             if communicator.rank == 0:
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                report.keep(path, row)
 
     return Recorder()
 

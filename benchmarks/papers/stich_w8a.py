@@ -188,8 +188,7 @@ class Tuned:
     def __init__(self, problem: Problem, optimum: float, limit: int, path: Path | None) -> None:
         self._problem, self._optimum, self._limit, self._path = problem, optimum, limit, path
         self._known: dict[tuple[Any, ...], Best | None] = {}
-        for line in path.read_text().splitlines() if path and path.exists() else []:
-            *run, best = json.loads(line)
+        for *run, best in report.written(path):
             self._known[tuple(run)] = best and (best[0], best[1], Config(**best[2]))
 
     def best(self, run: tuple[int, int, int], epsilon: float, near: Best | None) -> Best | None:
@@ -199,9 +198,7 @@ class Tuned:
             best = tune(self._problem, self._optimum, run, epsilon, self._limit, near)
             self._known[key] = best
             if self._path:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a") as file:
-                    file.write(json.dumps([*key, best and [*best[:2], asdict(best[2])]]) + "\n")
+                report.keep(self._path, [*key, best and [*best[:2], asdict(best[2])]])
         return self._known[key]
 
 
