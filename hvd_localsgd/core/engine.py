@@ -74,9 +74,10 @@ class LocalSGD:
 
     def step(self, steps: int = 1, samples: float = 0.0) -> bool:
         """``steps`` more local steps were taken, on so many samples; whether it is time to ``proceed``."""
-        self.progress.steps += steps
-        self.progress.samples += samples
-        return self.progress.steps >= self.progress.next_step
+        progress = self.progress
+        progress.steps += steps
+        progress.samples += samples
+        return progress.steps >= progress.interval or 0 < progress.landing <= progress.steps
 
     def proceed(self) -> list[bytes]:
         """The round is over: a sync; or the average that was on its way is taken, and the round goes on."""

@@ -152,6 +152,7 @@ class Pipeline:
         if self.reducer is None:
             return
         self._plan = layout.plan(blocks, self.reducer.chunk_bytes, self._parts)
+        self._everywhere = layout.stretches(self._plan)
         packed = (chunk.elements * chunk.dtype.itemsize for chunk in self._plan if not chunk.direct)
         self._scratch = np.zeros(max(packed, default=0), np.uint8)
         with self.memory.open() as arrays:
@@ -231,7 +232,10 @@ class Pipeline:
 
     def averaged(self, now: Now) -> list[layout.Stretch]:
         """Where it lies."""
-        return layout.stretches(self._due(now)) if self.reducer is not None else []
+        return self._stretches(self._due(now)) if self.reducer is not None else []
+
+    def _stretches(self, due: Sequence[Chunk]) -> list[layout.Stretch]:
+        return self._everywhere if len(due) == len(self._plan) else layout.stretches(due)
 
     def _due(self, now: Now) -> list[Chunk]:
         return [chunk for chunk in self._plan if chunk.part in now.parts and now.round % chunk.every == 0]
@@ -248,7 +252,7 @@ class Pipeline:
         chunk.save(arrays, values)
 
     def _close(self, arrays: Sequence[Array], ranks: int, due: Sequence[Chunk]) -> None:
-        averaged = layout.stretches(due)
+        averaged = self._stretches(due)
         if not ranks and self._anchor is not None:
             self._anchor.restore(arrays, averaged)
         for stage in reversed(self._stages if ranks else ()):

@@ -83,8 +83,7 @@ def _arranged(callbacks: Sequence[Callback], front: Any) -> list[Callback]:
         if (writes or restores) and not on_rank_0:
             silent.append(callback)
         elif isinstance(callback, History | ProgbarLogger) and front in arranged:
-            without = _Without(front, SHOWN if isinstance(callback, ProgbarLogger) else ())
-            arranged += [without, callback, _Again(without)]
+            arranged.append(_Shown(callback, front, SHOWN if isinstance(callback, ProgbarLogger) else ()))
         else:
             arranged.append(callback)
         if restores:
@@ -92,28 +91,26 @@ def _arranged(callbacks: Sequence[Callback], front: Any) -> list[Callback]:
     return [*arranged, _Silent(silent)] if silent else arranged
 
 
-class _Without(Callback):
-    """Takes what a ``LocalSGDCallback`` has added out of an epoch's logs, for the callback that comes next."""
+class _Shown(Callback):
+    """Stands in the list for a callback that is not to see what a ``LocalSGDCallback`` has added to an epoch's logs; those behind it do.
 
-    def __init__(self, front: Any, shown: Sequence[str]) -> None:
+    It has that one's own methods: Keras calls each of them at every step, and two callbacks more around it would take as long as all
+    that we do there.
+    """
+
+    def __init__(self, callback: Callback, front: Any, shown: Sequence[str]) -> None:
         super().__init__()
-        self._front, self._shown = front, shown
+        self._see, self._front, self._shown = callback.on_epoch_end, front, shown
+        for name in (name for name in dir(Callback) if name.startswith(("on_", "set_")) and name != "on_epoch_end"):
+            setattr(self, name, getattr(callback, name))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """What was taken out is put back, behind what that one may have added."""
+        logs = logs if logs is not None else {}
         added = self._front.epochs[-1] if self._front.epochs else {}
-        self.logs = logs if logs is not None else {}
-        self.taken = {name: self.logs.pop(name) for name in added if name in self.logs and name not in self._shown}
-
-
-class _Again(Callback):
-    """Puts it back, for those behind."""
-
-    def __init__(self, without: _Without) -> None:
-        super().__init__()
-        self._without = without
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._without.logs.update(self._without.taken)
+        taken = {name: logs.pop(name) for name in added if name in logs and name not in self._shown}
+        self._see(epoch, logs)
+        logs.update(taken)
 
 
 class _Silent(Callback):
