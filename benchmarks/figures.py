@@ -33,6 +33,7 @@ class Figure:
 
 
 _CLUSTER = "benchmarks/cluster/run --rate {} --hosts {} -- .venv/bin/python benchmarks/"
+_TIME = ("way", "steps", "accuracy", "seconds", "speed-up", "of the limit")
 
 FIGURES = {
     "sync_cost": Figure(
@@ -75,6 +76,16 @@ FIGURES = {
             _CLUSTER.format("10gbit", 2) + "sync_cost.py --models resnet50 --repeats 3 --gbit 10",
         ),
         ("model", "ranks", "sync_s", "raw_allreduce_s", "chunked_allreduce_s", "line_s", "ratio_line"),
+    ),
+    "time_100mbit": Figure(
+        (_CLUSTER.format("100mbit", 4) + "time_to_accuracy.py --data mnist.npz --limit 700",),
+        _TIME,
+        40,
+    ),
+    "time_1gbit": Figure(
+        (_CLUSTER.format("1gbit", 4) + "time_to_accuracy.py --data mnist.npz --limit 200",),
+        _TIME,
+        10,
     ),
     "scaling": Figure(
         (_CLUSTER.format("100mbit", 8) + "scaling.py --compute-ms 20 --spread 0.1",),
