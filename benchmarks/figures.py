@@ -25,11 +25,17 @@ class Figure:
     Attributes:
         commands: as a user types them, below the repository's root.
         columns: of the rows, those that are kept.
+        kind: only rows of this kind are; None: all.
     """
 
     commands: tuple[str, ...]
     columns: tuple[str, ...]
+    kind: str | None = None
 
+
+_CLUSTER = "benchmarks/cluster/run --rate {} --hosts {} -- .venv/bin/python benchmarks/"
+_TIME = ("way", "steps", "accuracy", "seconds", "speed-up", "of the limit")
+_SCALING = ("ranks", "H", "measured_s", "predicted_s", "error %")
 
 FIGURES = {
     "sync_cost": Figure(
@@ -53,6 +59,39 @@ FIGURES = {
     "step_overhead": Figure(
         ("python benchmarks/step_overhead.py --widths 4 64",),
         ("width", "way", "step_s", "added us", "least us", "most us", "added %"),
+    ),
+    "peers": Figure(
+        ("python benchmarks/peers/compare.py --ranks 2 4 --models resnet50",),
+        ("model", "ranks", "way", "average_s", "ours ÷ theirs"),
+    ),
+    "throughput": Figure(
+        ("python benchmarks/throughput.py --ranks 2 --repeats 5",),
+        ("way", "ranks", "images/s", "of the limit", "compute %", "wait %", "communicate %"),
+    ),
+    "throughput_1gbit": Figure(
+        (_CLUSTER.format("1gbit", 4) + "throughput.py --repeats 2 --steps 64",),
+        ("way", "ranks", "images/s", "of the limit", "compute %", "wait %", "communicate %"),
+    ),
+    "network": Figure(
+        (
+            _CLUSTER.format("1gbit", 4) + "sync_cost.py --models resnet50 --repeats 3 --gbit 1",
+            _CLUSTER.format("10gbit", 2) + "sync_cost.py --models resnet50 --repeats 3 --gbit 10",
+        ),
+        ("model", "ranks", "sync_s", "raw_allreduce_s", "chunked_allreduce_s", "line_s", "ratio_line"),
+    ),
+    "time_100mbit": Figure(
+        (_CLUSTER.format("100mbit", 4) + "time_to_accuracy.py --data mnist.npz --limit 700",),
+        _TIME,
+    ),
+    "time_1gbit": Figure(
+        (_CLUSTER.format("1gbit", 4) + "time_to_accuracy.py --data mnist.npz --limit 200",),
+        _TIME,
+    ),
+    "scaling_100mbit": Figure(
+        (_CLUSTER.format("100mbit", 8) + "scaling.py --compute-ms 20 --spread 0.1",), _SCALING, "validation"
+    ),
+    "scaling_1gbit": Figure(
+        (_CLUSTER.format("1gbit", 4) + "scaling.py --compute-ms 20 --spread 0.1 --fit-ranks 3",), _SCALING, "validation"
     ),
     "many_ranks": Figure(
         ("python benchmarks/many_ranks.py",),

@@ -27,7 +27,12 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
 
     if arguments.without_kernel:
         kernel.load = lambda: None  # type: ignore[assignment]
-    rows = [measure_model(name, arguments.repeats, arguments.memory == "tensors") for name in arguments.models]
+    import tensorflow as tf
+
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)  # ranks may share it
+    with tf.device(f"{arguments.device}:0"):
+        rows = [measure_model(name, arguments.repeats, arguments.memory == "tensors") for name in arguments.models]
     if arguments.gbit:
         for row in rows:
             # A ring's bytes on every link, in full packets: 1448 of 1538 bytes are ours, the others headers and gaps.
@@ -119,7 +124,7 @@ def measure_model(name: str, repeats: int, tensors: bool = False) -> dict[str, A
         "chunk_bytes": reducer.chunk_bytes,
         "ring": isinstance(reducer, reducers.Ring),
         "kernel": memory.uses_kernel,
-        "memory": "tensors" if tensors else "in place",
+        "memory": "tensors" if tensors or "GPU" in own[0].device else "in place",
         "extra_memory_bytes": more_memory,
         "parts_s": parts,
     }
@@ -143,6 +148,7 @@ def main() -> int:
         "--memory", choices=("in place", "tensors"), default="in place",
         help="tensors: by way of one flat tensor, as variables on a GPU are",
     )  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where the variables lie")
     parser.add_argument("--without-kernel", action="store_true", help="as if build_kernel had not been run")
     parser.add_argument("--gbit", type=float, help="the network's Gbit/s, with one rank per host: what would it allow?")
     arguments = parser.parse_args()

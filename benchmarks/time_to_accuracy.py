@@ -3,7 +3,8 @@
 python benchmarks/time_to_accuracy.py --data mnist.npz --ranks 2
 benchmarks/cluster/run --rate 100mbit --hosts 4 -- python benchmarks/time_to_accuracy.py --data mnist.npz
 
-Same model, data, batches and learning rate for all. Every ``--evaluate-every`` steps the model (with Local SGD the average, for
+A way is 'horovod', or H and options of the callback: 16,overlap=8,compression=int8 or 64,outer=diloco. Same model, data, batches and learning rate
+for all. *Of the limit* is what the same steps take without any communication, of what they took. Every ``--evaluate-every`` steps the model (with Local SGD the average, for
 which these are syncs) is tested on all test images; the clock stands still meanwhile, and during the first step, which compiles.
 """
 
@@ -17,6 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import report
+
+_ALONE = 5  # evaluations
+_WAYS = [
+    "64",
+    "64,outer=slowmo",
+    "64,overlap=16",
+    "64,overlap=16,compression=int8",
+    "16",
+    "16,compression=int8",
+    "4",
+    "1",
+    "horovod",
+]
 
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
@@ -32,15 +46,31 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
     data["x_train"], data["y_train"] = data["x_train"][order], data["y_train"][order]
     for part in ("train", "test"):
         data[f"x_{part}"] = data[f"x_{part}"].reshape(-1, 784).astype("float32") / 255
-    rows = [run_one(interval, data, arguments) for interval in (*arguments.ways,)]
+    alone = run_one("alone", data, arguments)
+    step = alone["history"][-1][0] / alone["steps"]
+    rows = [run_one(way, data, arguments) for way in arguments.ways]
     reference = next((row["seconds"] for row in rows if row["way"].startswith("Horovod")), None)
     for row in rows:
         row["speed-up"] = reference / row["seconds"] if reference and row["seconds"] else None
+        row["of the limit"] = row["steps"] * step / row["history"][-1][0]
     return rows
 
 
+def options(way: str) -> dict[str, Any]:
+    """Of the callback: ``16,overlap=8`` is ``{"sync_every": 16, "overlap": 8}``."""
+    interval, *more = way.split(",")
+    pairs = (each.split("=") for each in more)
+    return {"sync_every": int(interval)} | {key: int(value) if value.isdigit() else value for key, value in pairs}
+
+
+def named(way: str) -> str:
+    """In words."""
+    words = {"horovod": "Horovod, every step", "alone": "no communication"}
+    return words.get(way) or "H = " + way.replace(",", ", ").replace("=", " ")
+
+
 def run_one(way: str, data: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train until the accuracy or the time limit is reached."""
+    """Train until the accuracy or the time limit is reached; alone, for five evaluations."""
     import keras
     import numpy as np
     import tensorflow as tf
@@ -61,7 +91,7 @@ def run_one(way: str, data: dict[str, Any], arguments: argparse.Namespace) -> di
         hvd.init()
         optimizer, callbacks = average_gradients(optimizer), [BroadcastFromRank0()]
     else:
-        callbacks = [lsgd.LocalSGDCallback(int(way))]
+        callbacks = [] if way == "alone" else [lsgd.LocalSGDCallback(**options(way))]
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     test = slice(world.rank, None, world.size)
     history: list[tuple[float, float]] = []
@@ -88,6 +118,8 @@ def run_one(way: str, data: dict[str, Any], arguments: argparse.Namespace) -> di
             history.append((self.seconds, right / len(data["y_test"])))
             if history[-1][1] >= arguments.accuracy or self.seconds > arguments.limit:
                 self.model.stop_training = True
+            if way == "alone":
+                self.model.stop_training = len(history) == _ALONE
 
     referee = Referee()
     count = len(data["x_train"]) // world.size * world.size
@@ -103,7 +135,7 @@ def run_one(way: str, data: dict[str, Any], arguments: argparse.Namespace) -> di
     )
     reached = history[-1][1] >= arguments.accuracy
     return {
-        "way": "Horovod, every step" if way == "horovod" else f"Local SGD, H = {way}",
+        "way": named(way),
         "ranks": world.size,
         "transport": report.transport(),
         "weights": model.count_params(),
@@ -130,16 +162,14 @@ def main() -> int:
     """Measure, print, write; the exit status."""
     parser = report.parser(__doc__, repeats=1)
     parser.add_argument("--data", type=Path, required=True, help="mnist.npz, with Keras' keys")
-    parser.add_argument(
-        "--ways", nargs="+", default=["64", "16", "4", "1", "horovod"], help="H of Local SGD, or 'horovod'"
-    )
+    parser.add_argument("--ways", nargs="+", default=_WAYS, help="horovod, or H with options of the callback")
     parser.add_argument("--accuracy", type=float, default=0.98)
     parser.add_argument("--limit", type=float, default=600, help="seconds of training for each way")
     parser.add_argument("--width", type=int, default=256, help="of the two hidden layers")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--evaluate-every", type=int, default=64, help="steps")
-    columns = ("way", "ranks", "steps", "accuracy", "seconds", "speed-up")
+    columns = ("way", "ranks", "steps", "accuracy", "seconds", "speed-up", "of the limit")
     return report.run(parser.parse_args(), measure, "Time to accuracy on MNIST", columns, draw)
 
 

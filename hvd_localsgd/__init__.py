@@ -14,6 +14,26 @@ from hvd_localsgd.version import __version__
 
 if TYPE_CHECKING:
     from hvd_localsgd.averager import ModelAverager
+    from hvd_localsgd.core.groups import Groups
+    from hvd_localsgd.core.guards import Norms, Outliers
+    from hvd_localsgd.core.outer import Mean, Nesterov, SlowMo
+    from hvd_localsgd.core.schedules import (
+        AdaComm,
+        Auto,
+        Constant,
+        Function,
+        Growing,
+        Join,
+        Now,
+        OneShot,
+        PostLocal,
+        QuadraticSync,
+        Schedule,
+        Stagewise,
+        SyncSteps,
+        Warmup,
+    )
+    from hvd_localsgd.core.selection import Names
     from hvd_localsgd.core.theory import convex_interval, nonconvex_interval, speed_up
     from hvd_localsgd.devices import init, local_rank, local_size, rank, size
     from hvd_localsgd.errors import CheckpointError, CommunicatorError, LocalSGDError, Preempted, RankFailed
@@ -23,64 +43,42 @@ if TYPE_CHECKING:
     from hvd_localsgd.frontends.data import shard
     from hvd_localsgd.frontends.iterates import IterateAverage
     from hvd_localsgd.frontends.optimizer import LocalSGDOptimizer
-    from hvd_localsgd.frontends.parts import (
-        AdaComm,
-        Auto,
-        Constant,
-        Function,
-        Groups,
-        Growing,
-        Join,
-        Mean,
-        Nesterov,
-        Norms,
-        Now,
-        OneShot,
-        Outliers,
-        PostLocal,
-        QuadraticSync,
-        Schedule,
-        SlowMo,
-        Stagewise,
-        SyncSteps,
-        Warmup,
-    )
     from hvd_localsgd.frontends.rates import InverseTimeDecay
     from hvd_localsgd.frontends.statistics import refresh_statistics
 
 _HOME = {
-    "AdaComm": "frontends.parts",
-    "Auto": "frontends.parts",
+    "AdaComm": "core.schedules",
+    "Auto": "core.schedules",
     "CheckpointError": "errors",
     "CommunicatorError": "errors",
-    "Constant": "frontends.parts",
-    "Function": "frontends.parts",
-    "Groups": "frontends.parts",
-    "Growing": "frontends.parts",
+    "Constant": "core.schedules",
+    "Function": "core.schedules",
+    "Groups": "core.groups",
+    "Growing": "core.schedules",
     "InverseTimeDecay": "frontends.rates",
     "IterateAverage": "frontends.iterates",
-    "Join": "frontends.parts",
+    "Join": "core.schedules",
     "LocalSGDCallback": "frontends.callback",
     "LocalSGDCheckpoint": "frontends.checkpoint",
     "LocalSGDError": "errors",
     "LocalSGDOptimizer": "frontends.optimizer",
-    "Mean": "frontends.parts",
+    "Mean": "core.outer",
     "ModelAverager": "averager",
-    "Names": "frontends.parts",
-    "Nesterov": "frontends.parts",
-    "Norms": "frontends.parts",
-    "Now": "frontends.parts",
-    "OneShot": "frontends.parts",
-    "Outliers": "frontends.parts",
-    "PostLocal": "frontends.parts",
+    "Names": "core.selection",
+    "Nesterov": "core.outer",
+    "Norms": "core.guards",
+    "Now": "core.schedules",
+    "OneShot": "core.schedules",
+    "Outliers": "core.guards",
+    "PostLocal": "core.schedules",
     "Preempted": "errors",
-    "QuadraticSync": "frontends.parts",
+    "QuadraticSync": "core.schedules",
     "RankFailed": "errors",
-    "Schedule": "frontends.parts",
-    "SlowMo": "frontends.parts",
-    "Stagewise": "frontends.parts",
-    "SyncSteps": "frontends.parts",
-    "Warmup": "frontends.parts",
+    "Schedule": "core.schedules",
+    "SlowMo": "core.outer",
+    "Stagewise": "core.schedules",
+    "SyncSteps": "core.schedules",
+    "Warmup": "core.schedules",
     "convex_interval": "core.theory",
     "every_rank": "frontends.callback_list",
     "init": "devices",

@@ -54,8 +54,10 @@ def test_time_to_accuracy(tmp_path):
     x = (25 * np.eye(10)[y][:, :, None] * np.ones(78)).reshape(600, 780) + random.integers(0, 25, (600, 780))
     images = np.pad(x, [(0, 0), (0, 4)]).reshape(600, 28, 28).astype("uint8")
     np.savez(tmp_path / "d.npz", x_train=images[:500], y_train=y[:500], x_test=images[500:], y_test=y[500:])
-    sizes = ("--ways", 2, "--width", 16, "--evaluate-every", 10, "--limit", 30, "--accuracy", 0.9)
+    sizes = ("--ways", "2,compression=int8", "--width", 16, "--evaluate-every", 10, "--limit", 30, "--accuracy", 0.9)
     (row,) = run(tmp_path, "time_to_accuracy.py", "--data", tmp_path / "d.npz", "--ranks", 2, *sizes)
+    assert row["way"] == "H = 2, compression int8"
+    assert row["of the limit"] > 0
     assert row["accuracy"] >= 0.9
     assert row["seconds"] == row["history"][-1][0] > 0
     assert row["steps"] == 10 * len(row["history"])

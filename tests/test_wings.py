@@ -93,3 +93,20 @@ def test_only_one_file_knows_mpi_and_one_horovod():
             if re.search(rf"^\s*(from|import) {module}\b", path.read_text(), re.M)
         ]
         assert files == [owner]
+
+
+def test_a_loop_of_numpy_needs_neither_keras_nor_tensorflow():
+    program = """
+import numpy as np
+import hvd_localsgd as lsgd
+
+weights, options = np.array([2.0]), {"outer": lsgd.Nesterov(0.5, 0.0), "guard": lsgd.Outliers(), "include": lsgd.Names("*")}
+with lsgd.ModelAverager([weights], lsgd.Constant(2), **options) as averager:
+    for _ in range(4):
+        weights -= 0.25
+        averager.step()
+print(lsgd.SyncSteps([3, 5]).interval(lsgd.Now(0)), weights)
+"""
+    result = run_without(("keras", "tensorflow", "horovod"), program)
+    assert result.status == 0, result.output
+    assert result.output.split("\n")[-2] == "3 [1.5]", "half of each change of 0.5, twice"

@@ -11,7 +11,7 @@ from hvd_localsgd.core.layout import Array, Block, Chunk, Stretch
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.state import State, numbered, put_back
 
-DRIFT_SAMPLE = 1 << 18  # elements; the drift of larger models is estimated from the beginning of every chunk
+DRIFT_SAMPLE = 1 << 16  # elements; the drift of larger models is estimated from the beginning of every chunk
 
 
 class Stage:

@@ -22,10 +22,10 @@ from hvd_localsgd.core import settings
 from hvd_localsgd.core.agreement import Context
 from hvd_localsgd.core.engine import LocalSGD
 from hvd_localsgd.core.keeper import Keeper
+from hvd_localsgd.core.schedules import Schedule
 from hvd_localsgd.core.selection import means_and_variances
 from hvd_localsgd.core.timing import Timings
 from hvd_localsgd.frontends import as_raised, callback_list, frames, keras_state
-from hvd_localsgd.frontends.parts import Schedule
 from hvd_localsgd.frontends.table import Tabled
 
 as_raised.install()

@@ -1,6 +1,7 @@
 """What of ours is found in the files of saved models, whichever of Keras and this package is imported first.
 
-Nothing here needs Keras: ``import hvd_localsgd`` calls ``when_keras_is_there``, and must not load it.
+Nothing here loads Keras: ``import hvd_localsgd`` calls ``when_keras_is_there``. What the core lets users choose is registered itself, what is made
+of TensorFlow by a stand-in.
 """
 
 from __future__ import annotations
@@ -14,29 +15,7 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = "hvd_localsgd"
-SAVED = (
-    "AdaComm",
-    "Auto",
-    "Constant",
-    "Function",
-    "Groups",
-    "Growing",
-    "InverseTimeDecay",
-    "Join",
-    "LocalSGDOptimizer",
-    "Mean",
-    "Names",
-    "Nesterov",
-    "Norms",
-    "OneShot",
-    "Outliers",
-    "PostLocal",
-    "QuadraticSync",
-    "SlowMo",
-    "Stagewise",
-    "SyncSteps",
-    "Warmup",
-)
+_NEED_TENSORFLOW = ("InverseTimeDecay", "LocalSGDOptimizer")
 
 
 class StandIn:
@@ -80,11 +59,16 @@ class AfterKeras(MetaPathFinder):
 
 
 def register() -> None:
-    """Give Keras a stand-in for each class that is not imported yet."""
+    """Tell Keras the classes of the core, and a stand-in for each of the others that is not imported yet."""
     saving: Any = getattr(sys.modules["keras"], "saving", None)
     if not hasattr(saving, "get_custom_objects"):
         return  # an old Keras, which nobody has asked to work with us yet
-    for name in SAVED:
+    from hvd_localsgd.core import groups, guards, outer, schedules, selection
+
+    chosen = (groups.Groups, guards.Norms, guards.Outliers, selection.Names)
+    for part in (*schedules.SCHEDULES, *outer.OUTERS, *chosen):
+        saving.register_keras_serializable(PACKAGE)(part)
+    for name in _NEED_TENSORFLOW:
         saving.get_custom_objects().setdefault(f"{PACKAGE}>{name}", StandIn(name))
 
 
