@@ -125,12 +125,9 @@ def measurements(arguments: argparse.Namespace) -> list[list[str]]:
     sizes = ["--models", "resnet50", "tiny", "--repeats", "5", "--json", str(sync)]
     lines = [[str(FOLDER / "sync_cost.py"), "--device", arguments.device, *ranks, *sizes]]
     if arguments.data:
-        learn = [
-            "--data",
-            str(arguments.data),
-            *["--ranks", "2", "--interval", "16", "1", "--epochs", "100", "--falls", "50", "75"],
-        ]
-        lines.append([str(FOLDER / "papers" / "prsgd_cifar10.py"), *learn, "--work", str(cifar10)])
+        learn = ["--ranks", "2", "--interval", "16", "1", "--epochs", "100", "--falls", "50", "75"]
+        where = ["--data", str(arguments.data), "--work", str(cifar10)]
+        lines.append([str(FOLDER / "papers" / "prsgd_cifar10.py"), *learn, *where])
     return lines
 
 

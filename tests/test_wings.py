@@ -110,3 +110,18 @@ print(lsgd.SyncSteps([3, 5]).interval(lsgd.Now(0)), weights)
     result = run_without(("keras", "tensorflow", "horovod"), program)
     assert result.status == 0, result.output
     assert result.output.split("\n")[-2] == "3 [1.5]", "half of each change of 0.5, twice"
+
+
+def test_names_are_known_to_a_keras_that_was_only_half_imported_when_this_package_was():
+    program = """
+import sys, types
+sys.modules["keras"] = types.ModuleType("keras")
+import hvd_localsgd as lsgd
+del sys.modules["keras"]
+import keras
+find = keras.saving.get_registered_object
+print(find("hvd_localsgd>Constant"), lsgd.LocalSGDCallback and find("hvd_localsgd>Constant") is lsgd.Constant)
+"""
+    result = run_without((), program)
+    assert result.status == 0, result.output
+    assert result.output.split("\n")[-2] == "None True"

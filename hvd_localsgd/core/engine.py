@@ -77,8 +77,7 @@ class LocalSGD:
         progress = self.progress
         progress.steps += steps
         progress.samples += samples
-        # As ``next_step`` says, in fewer calls: this is every step's.
-        return progress.steps >= progress.interval or 0 < progress.landing <= progress.steps
+        return progress.steps >= progress.next_step
 
     def proceed(self) -> list[bytes]:
         """The round is over: a sync; or the average that was on its way is taken, and the round goes on."""

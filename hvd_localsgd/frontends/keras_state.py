@@ -18,7 +18,7 @@ from hvd_localsgd.core.selection import path_of, select
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.frontends import registration
 
-registration.register()  # whoever has imported Keras, and when
+registration.register()  # Keras may have been half imported when this package was
 
 
 def of_model(model: keras.Model) -> list[keras.Variable]:

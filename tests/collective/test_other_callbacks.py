@@ -52,6 +52,32 @@ def events(folder, tag_prefix="epoch_"):
 IN_FRONT = pytest.mark.filterwarnings("ignore:LocalSGDCallback stands behind Seen")  # to see each rank's own logs
 
 
+def test_a_history_of_the_users_own_class_is_still_theirs(lsgd):
+    class Counting(keras.callbacks.History):
+        batches = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.batches += 1
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.saw = set(logs)
+            super().on_epoch_end(epoch, logs)
+
+    model, history = reference.compiled("sgd", metrics=["mae"]), Counting()
+    for fits in (1, 2):
+        model.fit(
+            *reference.data(lsgd.rank(), 5),
+            batch_size=8,
+            verbose=0,
+            validation_data=reference.data(9, 1),
+            callbacks=[lsgd.LocalSGDCallback(2), history],
+        )
+        assert history.saw == set(history.history) == USERS
+        assert history.batches == 5 * fits
+        assert model.history is history
+        assert history.model is model
+
+
 @IN_FRONT
 def test_all_ranks_give_the_same_paths_and_rank_0_writes(lsgd, gather, shared):
     """5 batches, H = 2: three rounds an epoch, the last of one step."""
