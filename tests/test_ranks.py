@@ -11,6 +11,13 @@ def test_collective(ranks, tmp_path):
     launched.assert_all_pass(launched.mpirun, ranks, tmp_path, *selection, "tests/collective", timeout=1800)
 
 
+def test_a_mirrored_strategy_of_one_device_is_the_first_thing_that_a_process_does():
+    alone = "tests/collective/test_saving.py::test_under_a_mirrored_strategy"
+    result = launched.mpirun(2, "-m", "pytest", "-q", "--color=no", alone, timeout=120)
+    assert result.status == 0, result.output
+    assert result.output.count("1 passed") == 2, result.output
+
+
 def test_mirrored_strategy_on_two_logical_devices():
     result = launched.mpirun(2, "-m", "tests.programs.mirrored_program", timeout=180)
     assert result.status == 0, result.output

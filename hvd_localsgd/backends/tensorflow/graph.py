@@ -28,7 +28,7 @@ def call_if(
         memory: is read and written by the graph, around the call.
     """
     parts = [component for variable in touched for component in components(variable)]
-    parts.append(_order(parts[0].device))
+    parts.append(components(_order(parts[0].device))[0])  # under a strategy it has been made for each replica
     devices = {part.device for part in parts}
     if len(devices) > 1:
         tf.cond(due, lambda: _across_devices(call, parts, memory), lambda: None)
