@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from hvd_localsgd.core.audit import audit
@@ -166,8 +166,8 @@ class Averages:
 
     def _record(self, interval: int, staleness: int = 0) -> None:
         """Of the round, and of the averages that landed in it."""
-        who, outcome = self._coordination.communicator, replace(self._outcome, staleness=staleness)
-        facts = {"interval": interval, **self.progress.round(), **asdict(outcome)}
+        who = self._coordination.communicator
+        facts = {"interval": interval, "staleness": staleness, **self.progress.round(), **asdict(self._outcome)}
         self.timings.end_round(**facts, rank=who.rank, size=who.size, host=who.host)
         self._outcome = Outcome()
 

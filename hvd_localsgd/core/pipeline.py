@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -76,20 +76,19 @@ class Outcome:
     Attributes:
         drift: sqrt(1/K sum_k |x_k - average|^2); NaN or infinite if something that was averaged is.
         bytes: what this rank gave to the reduction.
-        staleness: asynchronously, syncs of others since this rank last read the average.
         error: what compression has lost of this rank's change, |e| / |change|.
         hidden: seconds that the average was on its way while this rank went on.
     """
 
     drift: float = 0.0
     bytes: int = 0
-    staleness: int = 0
     error: float = 0.0
     hidden: float = 0.0
 
     def and_then(self, later: Outcome) -> Outcome:
         """Of two averages of the same round."""
-        return replace(later, bytes=self.bytes + later.bytes, hidden=self.hidden + later.hidden)
+        given, hidden = self.bytes + later.bytes, self.hidden + later.hidden
+        return Outcome(later.drift, given, later.error, hidden)
 
 
 class Pipeline:

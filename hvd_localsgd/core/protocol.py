@@ -70,9 +70,7 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
         settings: the same on every rank.
         last: what all ranks knew at the last sync; None: training begins.
     """
-    now = _now(table, settings).after(last)
-    now = _what_is_due(table, settings, now, last)
-    trouble = None
+    now, trouble = _now(table, settings, last), None
     try:
         now = replace(now, next=_interval(settings, now))
     except BaseException as error:  # sys.exit as well: the others are on their way into the average
@@ -96,21 +94,18 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
     )
 
 
-def _what_is_due(table: np.ndarray, settings: Settings, now: Now, last: Now | None) -> Now:
+def _what_is_due(table: np.ndarray, settings: Settings, round: int, trained: int, last: Now | None) -> dict[str, Any]:
     """Everything, where all ranks have come further: to validation, or to the end of an epoch; or where one has nothing that is finite.
 
     Before that a part, or a group.
     """
-    trained = now.step if last is None else last.trained + int(table["steps"].max())
-    now = replace(now, trained=trained, encoded=now.round > WARM_UP * settings.syncs_per_average)
-    if last is None or now.reached > last.reached or not _counts(table, settings).all():
-        return now
-    parts, groups = now.parts, settings.groups
-    if settings.fragments > 1:
-        before, turn = (_turn(settings, each.trained) for each in (last, now))
-        parts = frozenset(each % settings.fragments for each in range(before, turn))
-    world = groups is None or now.round % groups.every == 0
-    return replace(now, parts=parts, world=world, whole=world and len(parts) == settings.fragments)
+    parts, world, groups = range(settings.fragments), True, settings.groups
+    if last is not None and table["position"].min() <= last.reached and _counts(table, settings).all():
+        if settings.fragments > 1:
+            parts = range(_turn(settings, last.trained), _turn(settings, trained))
+        world = groups is None or round % groups.every == 0
+    due = frozenset(each % settings.fragments for each in parts)
+    return {"parts": due, "world": world, "whole": world and len(due) == settings.fragments}
 
 
 def _turn(settings: Settings, step: int) -> int:
@@ -152,21 +147,28 @@ def _sum(values: np.ndarray) -> float:
     return math.fsum(values.tolist())
 
 
-def _now(table: np.ndarray, settings: Settings) -> Now:
-    """The table in few numbers, none of which depends on the order of the ranks."""
+def _now(table: np.ndarray, settings: Settings, last: Now | None) -> Now:
+    """The table in few numbers, none of which depends on the order of the ranks, and what the sync before has left behind; all but ``next``."""
     losses, weights = table["loss"], np.maximum(table["steps"], 1) * np.isfinite(table["loss"])
     loss = _sum(np.where(weights, losses, 0.0) * weights) / _sum(weights) if weights.any() else None
-    rate, remaining = (table[name][np.isfinite(table[name])] for name in ("rate", "remaining"))
+    rates, remaining = (table[name][np.isfinite(table[name])] for name in ("rate", "remaining"))
+    rate, step = float(rates.max()) if rates.size else None, int(table["total"].max())
+    trained = step if last is None else last.trained + int(table["steps"].max())
+    round = 0 if last is None else last.round + 1
     return Now(
-        step=int(table["total"].max()),
+        step=step,
+        round=round,
         remaining=int(remaining.max()) if remaining.size else None,
-        rate=float(rate.max()) if rate.size else None,
+        rate=rate,
         loss=loss,
         seconds=float(table["clock"].max()),
         step_seconds=float(table["pace"].max()),
         sync_seconds=float(table["sync"].max()),
         reached=max(0.0, float(table["position"].min())),
-        parts=frozenset(range(settings.fragments)),
+        trained=trained,
+        encoded=round > WARM_UP * settings.syncs_per_average,
+        **_what_is_due(table, settings, round, trained, last),
+        **({} if last is None else last.leaves(rate)),
     )
 
 

@@ -66,22 +66,16 @@ class Now:
     whole: bool = True
     encoded: bool = False
 
-    def after(self, last: Now | None) -> Now:
-        """With what the sync before has left behind."""
-        if last is None:
-            return self
-        fallen = last.fallen or (self.rate is not None and last.rate is not None and self.rate < last.rate)
-        known = last if last.loss is not None or last.rate is not None else None
-        # No chain: of the last one only its own numbers are kept.
-        return replace(
-            self,
-            round=last.round + 1,
-            interval=last.next,
-            first=last.first or known,
-            fallen=fallen,
-            last=replace(last, first=None, last=None, tracks=()),
-            tracks=last.tracks,
-        )
+    def leaves(self, rate: float | None) -> dict[str, Any]:
+        """What the sync after this one, at this learning rate, knows of it."""
+        known = self if self.loss is not None or self.rate is not None else None
+        return {
+            "interval": self.next,
+            "first": self.first or known,
+            "fallen": self.fallen or (rate is not None and self.rate is not None and rate < self.rate),
+            "last": replace(self, first=None, last=None, tracks=()),  # no chain: of the last one only its own numbers
+            "tracks": self.tracks,
+        }
 
 
 class Schedule(ABC):
