@@ -1,5 +1,6 @@
 """The benchmarks run, start their own ranks, and write what they promise; what they measure is not a test's business."""
 
+import argparse
 import json
 import sys
 
@@ -178,6 +179,35 @@ def test_resnet20_is_he_et_als():
     model = prsgd_cifar10.resnet20(10)
     assert sum(int(np.prod(w.shape)) for w in model.trainable_weights) == 269_722  # 0.27 million
     assert len([layer for layer in model.layers if "conv2d" in layer.name]) == 19
+
+
+def test_a_curve_on_cifar_goes_on_and_is_not_trained_twice(tmp_path, monkeypatch):
+    import keras
+    import prsgd_cifar10
+
+    def dense(classes):
+        return keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(classes)])
+
+    monkeypatch.setattr(prsgd_cifar10, "resnet20", dense)
+    numbers, trained = np.random.default_rng(0), []
+    data = numbers.random((64, 32, 32, 3), np.float32), numbers.integers(0, 3, 64)
+    fit = keras.Model.fit
+    monkeypatch.setattr(keras.Model, "fit", lambda *own, **words: (trained.append(words["epochs"]), fit(*own, **words)))
+
+    def curve(**words):
+        chosen = {"batch": 16, "epochs": 2, "learning_rate": 0.01, "momentum": 0.9, "falls": [3, 4], "data": None}
+        chosen |= {"no_augmentation": False, **words}
+        return prsgd_cifar10.train(argparse.Namespace(**chosen), 2, (*data, *data), tmp_path / "1-ranks-2")
+
+    first = curve()
+    assert [row["epoch"] for row in first] == [1, 2]
+    assert curve() == first
+    further = curve(epochs=3)
+    assert further[:2] == first
+    assert [row["epoch"] for row in further] == [1, 2, 3]
+    assert trained == [2, 3]
+    with pytest.raises(SystemExit, match="falls"):
+        curve(falls=[1, 2])
 
 
 @pytest.mark.parametrize(

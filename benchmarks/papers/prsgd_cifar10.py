@@ -10,7 +10,8 @@ Horovod. An epoch is one pass over all training images by all ranks together. CI
 unless --data names a file with x_train, y_train, x_test, y_test (grey images get three channels, small ones a border). The rate is
 divided by ten at a half and at three quarters of the epochs, or where --falls says.
 
-With ``--work`` every epoch that has ended is kept: started again, it goes on where it was. To train on, ask for more epochs, with the same --falls.
+With ``--work`` every epoch that has ended is kept: started again, it goes on where it was; a curve whose epochs are all there, as those in
+docs/figures/cifar10, is not trained again. To train on, ask for more epochs, with the same --falls.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
     import tensorflow as tf
 
     import hvd_localsgd as lsgd
+    from hvd_localsgd import devices
 
     x_train, y_train, x_test, y_test = data
     count = len(x_train) // (lsgd.size() * arguments.batch) * arguments.batch
@@ -121,8 +123,21 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
     rates = [arguments.learning_rate / 10**fall for fall in range(len(falls) + 1)]
     rate = keras.optimizers.schedules.PiecewiseConstantDecay([int(steps * epoch) for epoch in falls], rates)
     optimizer, callbacks = keras.optimizers.SGD(rate, momentum=arguments.momentum), []
-    facts = {"I": curve, "ranks": lsgd.size(), "images": count * lsgd.size(), "data": str(arguments.data or "CIFAR-10")}
-    record = recorder(work.with_suffix(".jsonl"), facts)
+    facts = {
+        "I": curve,
+        "ranks": lsgd.size(),
+        "images": count * lsgd.size(),
+        "data": getattr(arguments.data, "name", "CIFAR-10"),
+    }
+    facts |= {"batch": arguments.batch, "rates": rates, "falls": falls, "momentum": arguments.momentum}
+    facts["augmentation"] = not arguments.no_augmentation
+    path = work.with_suffix(".jsonl")
+    kept = json.loads(devices.get().gather(json.dumps(report.written(path)).encode())[0])
+    if other := {name: row[name] for row in kept for name in facts if row[name] != facts[name]}:
+        raise SystemExit(f"{path} has a curve of {other}; this one is of {facts}. Give it another --work.")
+    if len(kept) >= arguments.epochs:
+        return kept[: arguments.epochs]
+    record = recorder(path, facts)
     if curve == "gradients":
         import horovod.tensorflow as hvd
         from horovod_baseline import BroadcastFromRank0, average_gradients
@@ -142,7 +157,7 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
         images.batch(arguments.batch).prefetch(2), epochs=arguments.epochs, verbose=0, shuffle=False, callbacks=callbacks,
         validation_data=(x_test[test], y_test[test]), validation_batch_size=256,
     )  # fmt: skip
-    return report.written(work.with_suffix(".jsonl"))
+    return report.written(path)
 
 
 def recorder(path: Path, facts: dict[str, Any]) -> Any:
