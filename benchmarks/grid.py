@@ -12,11 +12,13 @@ line of that file: started again, the others follow.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +90,14 @@ def train_one(case: Case, seed: int, data: tuple[Any, ...], arguments: argparse.
     from hvd_localsgd import devices
 
     communicator = devices.get()
-    keras.utils.clear_session()
-    keras.utils.set_random_seed(seed)
     x_train, y_train, x_test, y_test = data
-    model = (dense if arguments.table == "rounds" else convolutional)(x_train.shape[1:])
-    rate = RATES[case["optimizer"]]
-    optimizer = keras.optimizers.Adam(rate)
-    if case["optimizer"] != "Adam":
-        optimizer = keras.optimizers.SGD(rate, momentum=0.9)
-    model.compile(
-        optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"], jit_compile=False
-    )
+    make = dense if arguments.table == "rounds" else convolutional
+    keras.utils.set_random_seed(seed)
+    weights = make(x_train.shape[1:]).get_weights()
+    model, start = compiled(make, x_train.shape[1:], case["optimizer"])
+    model.set_weights(weights)
+    for variable, value in zip(model.optimizer.variables, start, strict=True):
+        variable.assign(value)
     interval = lsgd.PostLocal("0.5dur", case["H"]) if case.get("local from") == "half" else case["H"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of outer steps with rounds that grow, which is a question here
@@ -127,6 +126,19 @@ def train_one(case: Case, seed: int, data: tuple[Any, ...], arguments: argparse.
         "seconds": time.perf_counter() - began,
         "history": history["val_accuracy"],
     }
+
+
+@functools.cache
+def compiled(make: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...], name: str) -> tuple[Any, list[Any]]:
+    """A model whose steps are traced once for all trainings with this optimizer, and what the optimizer's variables begin with."""
+    import keras
+
+    model, rate = make(shape), RATES[name]
+    optimizer = keras.optimizers.Adam(rate) if name == "Adam" else keras.optimizers.SGD(rate, momentum=0.9)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
+    optimizer.build(model.trainable_variables)
+    return model, [variable.numpy() for variable in optimizer.variables]
 
 
 def batches(x: Any, y: Any, draws: Any, size: int) -> Any:
