@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
+from hvd_localsgd.core import protocol
 from hvd_localsgd.core.audit import audit
 from hvd_localsgd.core.header import row
 from hvd_localsgd.core.pipeline import Outcome, Pipeline
-from hvd_localsgd.core.progress import Progress
+from hvd_localsgd.core.progress import BEGIN, Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.state import State
@@ -40,20 +43,45 @@ class Averages:
         self._overlap, self._wants_norm = settings.overlap, settings.guard is not None
         self._raises, self._restarts = settings.on_nonfinite == "raise", settings.on_nonfinite == "rollback"
 
-    def start(self) -> None:
-        """All ranks hold the same values and are about to train (collective)."""
-        self._pipeline.start()
-        self._sent: Decision | None = None  # what is on its way
-        self._failed: Decision | None = None  # what arrived and is not finite
-        self._outcome = Outcome()  # of the round so far
-
-    def make(self, who: Mapping[str, Any], due: bool) -> Decision:
-        """Header, decision, and if it was decided an average, which with overlap is only begun (collective).
+    def begin(self, who: Mapping[str, Any], description: str, everything_is_here: bool) -> tuple[np.ndarray, bool]:
+        """All ranks agree on what will be sent, and get rank 0's values (collective).
 
         Args:
             who: what the header says of this rank besides.
+            description: of what must be the same on all ranks.
+            everything_is_here: each rank has its own from a checkpoint.
+
+        Returns:
+            All ranks' headers, where rank 0's steps count for all; whether what is averaged has changed on this rank.
+        """
+        own, coordination = row(**who, position=BEGIN, finite=True, **self.progress.seen), self._coordination
+
+        def start() -> tuple[np.ndarray, bool]:
+            communicator = coordination.communicator
+            table = protocol.agree(communicator, own, description)
+            moved = not everything_is_here and self.memory.broadcast(communicator, protocol.as_far(table))
+            self._pipeline.start()
+            coordination.start()
+            self.survivors.agree()
+            return table, moved
+
+        table, moved = self.survivors.repeat(start)
+        table["total"] = table["total"][0]
+        self._sent: Decision | None = None  # what is on its way
+        self._failed: Decision | None = None  # what arrived and is not finite
+        self._outcome = Outcome()  # of the round so far
+        return table, moved
+
+    def make(self, who: Callable[[], Mapping[str, Any]], due: bool) -> Decision:
+        """Header, decision, and if it was decided an average, which with overlap is only begun (collective).
+
+        Args:
+            who: what the header says of this rank besides; asked again if a rank dies in here.
             due: whether its round ends here.
         """
+        return self.survivors.repeat(lambda: self._make(who(), due))
+
+    def _make(self, who: Mapping[str, Any], due: bool) -> Decision:
         progress, timings = self.progress, self.timings
         if timings.rounds:  # the first round traces and compiles
             progress.measure(timings.parts["compute"] + timings.parts["input"])
@@ -106,6 +134,22 @@ class Averages:
             "on from it" + (" with a new optimizer." if self._restarts else "."),
             stacklevel=2,
         )
+
+    def exchange(self, decision: Decision, message: bytes) -> list[bytes]:
+        """Every rank's message, if this sync has found that all have come further (collective)."""
+        if decision.reached <= self.progress.reached:
+            return []
+        own = message if decision.reached == self.progress.position else b""
+
+        def gather() -> list[bytes]:
+            messages = self._coordination.gather(own)
+            self.survivors.agree()
+            return messages
+
+        messages = self.survivors.repeat(gather)
+        self.progress.reach(decision.reached)
+        self.timings.lap("communicate")
+        return messages
 
     def survived(self) -> None:
         """Ranks were lost, and with them what was on its way."""

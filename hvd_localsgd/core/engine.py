@@ -16,14 +16,12 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from hvd_localsgd.core import agreement, failures, header, protocol
 from hvd_localsgd.core.agreement import NOTHING, Context
 from hvd_localsgd.core.averages import Averages
 from hvd_localsgd.core.keeper import Keeper
-from hvd_localsgd.core.progress import BEGIN, FINISHED
-from hvd_localsgd.core.protocol import Coordination, Decision
+from hvd_localsgd.core.progress import FINISHED
+from hvd_localsgd.core.protocol import Coordination
 from hvd_localsgd.core.settings import Settings
 
 
@@ -46,7 +44,7 @@ class LocalSGD:
         self.progress = averages.progress  # for front ends, to be read
         self.keeper = Keeper()  # of checkpoints; a front end has another
         self._settings, self._coordination, self._averages = settings, coordination, averages
-        self._timings, self._survivors = averages.timings, averages.survivors
+        self._timings = averages.timings
 
     def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
         """The same start everywhere: all ranks agree on what will be sent, then get rank 0's values.
@@ -57,13 +55,11 @@ class LocalSGD:
         """
         description = agreement.describe(self._settings, self._averages.memory.description(), context)
         self._who = {"engine": self.number, "model": agreement.fingerprint(description)}
-        own = header.row(**self._who, position=BEGIN, finite=True, **self.progress.seen)
-        own["total"] = self.progress.total if total is None else total
-        own["brought"], own["updates"] = 0 if self.keeper.found else context.brought, context.updates
+        own = self._who | {"total": self.progress.total if total is None else total, "updates": context.updates}
+        own["brought"] = 0 if self.keeper.found else context.brought
         failures.begin(self)
         with failures.together(self):
-            table, moved = self._survivors.repeat(lambda: self._start(own, description))
-        table["total"] = table["total"][0]
+            table, moved = self._averages.begin(own, description, everything_is_here=bool(self.keeper.found))
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
         if decision.trouble is not None:
             raise decision.trouble
@@ -104,10 +100,10 @@ class LocalSGD:
         with self._coordination.together(self):
             self._averages.land()
             self.keeper.take()
-            decision = self._survivors.repeat(lambda: self._averages.make(self._who | self.keeper.look(), due))
+            decision = self._averages.make(lambda: self._who | self.keeper.look(), due)
             if decision.average:
                 self._averages.end_round(decision)
-            messages = self._survivors.repeat(lambda: self._exchange_messages(decision, message))
+            messages = self._averages.exchange(decision, message)
             self.keeper.see(decision)
             self.keeper.take()
         if decision.trouble is not None:
@@ -143,22 +139,3 @@ class LocalSGD:
         """Ranks have died; those with these numbers are left, and go on with their own weights."""
         self.progress.survived(left)
         self._averages.survived()
-
-    # What all ranks do together, again if one of them dies in it.
-
-    def _start(self, own: np.ndarray, description: str) -> tuple[np.ndarray, bool]:
-        table = protocol.agree(self.communicator, own, description)
-        moved = not self.keeper.found and self._averages.memory.broadcast(self.communicator, protocol.as_far(table))
-        self._averages.start()
-        self._coordination.start()
-        self._survivors.agree()
-        return table, moved
-
-    def _exchange_messages(self, decision: Decision, message: bytes) -> list[bytes]:
-        if decision.reached <= self.progress.reached:
-            return []
-        messages = self._coordination.gather(message if decision.reached == self.progress.position else b"")
-        self._survivors.agree()
-        self.progress.reach(decision.reached)
-        self._timings.lap("communicate")
-        return messages
