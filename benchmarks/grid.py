@@ -92,10 +92,9 @@ def train_one(case: Case, seed: int, data: tuple[Any, ...], arguments: argparse.
     communicator = devices.get()
     x_train, y_train, x_test, y_test = data
     make = dense if arguments.table == "rounds" else convolutional
-    keras.utils.set_random_seed(seed)
-    weights = make(x_train.shape[1:]).get_weights()
     model, start = compiled(make, x_train.shape[1:], case["optimizer"])
-    model.set_weights(weights)
+    keras.utils.set_random_seed(seed)
+    model.set_weights(make(x_train.shape[1:]).get_weights())
     for variable, value in zip(model.optimizer.variables, start, strict=True):
         variable.assign(value)
     interval = lsgd.PostLocal("0.5dur", case["H"]) if case.get("local from") == "half" else case["H"]
@@ -129,12 +128,12 @@ def train_one(case: Case, seed: int, data: tuple[Any, ...], arguments: argparse.
 
 
 @functools.cache
-def compiled(make: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...], name: str) -> tuple[Any, list[Any]]:
+def compiled(make: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...], inner: str) -> tuple[Any, list[Any]]:
     """A model whose steps are traced once for all trainings with this optimizer, and what the optimizer's variables begin with."""
     import keras
 
-    model, rate = make(shape), RATES[name]
-    optimizer = keras.optimizers.Adam(rate) if name == "Adam" else keras.optimizers.SGD(rate, momentum=0.9)
+    model, rate = make(shape), RATES[inner]
+    optimizer = keras.optimizers.Adam(rate) if inner == "Adam" else keras.optimizers.SGD(rate, momentum=0.9)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     optimizer.build(model.trainable_variables)

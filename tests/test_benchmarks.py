@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -206,8 +207,12 @@ def test_a_curve_on_cifar_goes_on_and_is_not_trained_twice(tmp_path, monkeypatch
     assert further[:2] == first
     assert [row["epoch"] for row in further] == [1, 2, 3]
     assert trained == [2, 3]
-    with pytest.raises(SystemExit, match="falls"):
+    with pytest.raises(SystemExit, match=r"a curve of \{'falls': \[3, 4\]\}"):
         curve(falls=[1, 2])
+    shutil.rmtree(tmp_path / "1-ranks-2")
+    with pytest.raises(SystemExit, match="no checkpoints"):
+        curve(epochs=4)
+    assert curve(epochs=3) == further, "a record without checkpoints is not lost"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,24 @@ def test_methods(tmp_path):
     assert [row["syncs"] for row in rows] == [2 * -(-47 // 4), 2 * -(-47 // 32)]
     assert all(row["megabytes"] == pytest.approx(row["syncs"] * 4 * (65 + 129) * 128 / 1e6, rel=0.1) for row in rows)
     assert all(0.5 < row["accuracy"] <= 1 for row in rows)
+
+
+def test_trainings_of_a_grid_do_not_know_of_each_other():
+    import grid
+
+    random = np.random.default_rng(0)
+    data = random.random((64, 32, 32, 3), np.float32), random.integers(0, 10, 64)
+    arguments = argparse.Namespace(table="momentum", steps=128, batch=8, accuracy=1.0)
+
+    def train(seed, **words):
+        case = {"optimizer": "SGD, momentum 0.9", "state": "keep", "outer": "mean", "H": 4, **words}
+        row = grid.train_one(case, seed, (*data, *data), arguments)
+        return {name: value for name, value in row.items() if name != "seconds"}
+
+    first = train(0)
+    assert train(1) != first
+    train(0, outer="SlowMo")
+    assert train(0) == first
 
 
 def test_a_grid_goes_on_where_it_was(tmp_path):

@@ -10,8 +10,9 @@ Horovod. An epoch is one pass over all training images by all ranks together. CI
 unless --data names a file with x_train, y_train, x_test, y_test (grey images get three channels, small ones a border). The rate is
 divided by ten at a half and at three quarters of the epochs, or where --falls says.
 
-With ``--work`` every epoch that has ended is kept: started again, it goes on where it was; a curve whose epochs are all there, as those in
-docs/figures/cifar10, is not trained again. To train on, ask for more epochs, with the same --falls.
+With ``--work`` every epoch that has ended is kept: started again, it goes on where it was. A curve whose epochs are all there, as those in
+docs/figures/cifar10, is not trained again; one of other settings or images is refused. To train on, ask for more epochs, with the same --falls
+and the checkpoints that lie beside the record.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> report.Rows:
 
 
 def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarray, ...], work: Path) -> report.Rows:
-    """The epochs of one curve, those of earlier lives too; on rank 0."""
+    """The epochs of one curve, those of earlier lives too."""
     import keras
     import tensorflow as tf
 
@@ -116,27 +118,33 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
         image = tf.image.random_crop(tf.pad(image, [[4, 4], [4, 4], [0, 0]]), (32, 32, 3))
         return tf.image.random_flip_left_right(image), label
 
-    keras.utils.set_random_seed(1)
-    model = resnet20(int(y_train.max()) + 1)
-    steps = count // arguments.batch
     falls = arguments.falls or [arguments.epochs / 2, arguments.epochs * 3 / 4]
     rates = [arguments.learning_rate / 10**fall for fall in range(len(falls) + 1)]
-    rate = keras.optimizers.schedules.PiecewiseConstantDecay([int(steps * epoch) for epoch in falls], rates)
-    optimizer, callbacks = keras.optimizers.SGD(rate, momentum=arguments.momentum), []
     facts = {
         "I": curve,
         "ranks": lsgd.size(),
         "images": count * lsgd.size(),
-        "data": getattr(arguments.data, "name", "CIFAR-10"),
+        "pixels": zlib.crc32(x_train[:64].tobytes()),  # which images
+        "batch": arguments.batch,
+        "rates": rates,
+        "falls": falls,
+        "momentum": arguments.momentum,
+        "augmentation": not arguments.no_augmentation,
     }
-    facts |= {"batch": arguments.batch, "rates": rates, "falls": falls, "momentum": arguments.momentum}
-    facts["augmentation"] = not arguments.no_augmentation
     path = work.with_suffix(".jsonl")
     kept = json.loads(devices.get().gather(json.dumps(report.written(path)).encode())[0])
-    if other := {name: row[name] for row in kept for name in facts if row[name] != facts[name]}:
+    if other := {name: row.get(name) for row in kept for name in facts if row.get(name) != facts[name]}:
         raise SystemExit(f"{path} has a curve of {other}; this one is of {facts}. Give it another --work.")
     if len(kept) >= arguments.epochs:
         return kept[: arguments.epochs]
+    if kept and not work.exists():
+        raise SystemExit(f"{path} has {len(kept)} epochs, and there are no checkpoints in {work} to go on from.")
+
+    keras.utils.set_random_seed(1)
+    model = resnet20(int(y_train.max()) + 1)
+    steps = count // arguments.batch
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([int(steps * epoch) for epoch in falls], rates)
+    optimizer, callbacks = keras.optimizers.SGD(rate, momentum=arguments.momentum), []
     record = recorder(path, facts)
     if curve == "gradients":
         import horovod.tensorflow as hvd
@@ -188,7 +196,7 @@ def recorder(path: Path, facts: dict[str, Any]) -> Any:
             mean = {name: float(np.mean([each[name] for each in everybody])) for name in names}
             row = {**facts, "epoch": epoch + 1, "seconds": time.perf_counter() - self.began, "loss": mean["loss"]}
             row |= {"accuracy": mean["accuracy"], "test accuracy": mean["val_accuracy"]}
-            row["averaging %"] = 100 * mean["averaging"]
+            row["averaging %"] = None if np.isnan(mean["averaging"]) else 100 * mean["averaging"]
             if communicator.rank == 0:
                 report.keep(path, row)
 

@@ -1,4 +1,4 @@
-"""One model's averages: each is decided on, sent, lands, and is refused if it is not finite."""
+"""One model's averages, from a start that all ranks agree on: each is decided on, sent, lands, and is refused if it is not finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hvd_localsgd.core import protocol
 from hvd_localsgd.core.audit import audit
 from hvd_localsgd.core.header import row
 from hvd_localsgd.core.pipeline import Outcome, Pipeline
-from hvd_localsgd.core.progress import BEGIN, Progress
+from hvd_localsgd.core.progress import Progress
 from hvd_localsgd.core.protocol import Coordination, Decision
 from hvd_localsgd.core.settings import Settings
 from hvd_localsgd.core.state import State
@@ -43,43 +43,44 @@ class Averages:
         self._overlap, self._wants_norm = settings.overlap, settings.guard is not None
         self._raises, self._restarts = settings.on_nonfinite == "raise", settings.on_nonfinite == "rollback"
 
-    def begin(self, who: Mapping[str, Any], description: str, everything_is_here: bool) -> tuple[np.ndarray, bool]:
+    def begin(self, own: np.ndarray, description: str, resumes: bool) -> tuple[np.ndarray, bool]:
         """All ranks agree on what will be sent, and get rank 0's values (collective).
 
         Args:
-            who: what the header says of this rank besides.
+            own: this rank's header.
             description: of what must be the same on all ranks.
-            everything_is_here: each rank has its own from a checkpoint.
+            resumes: each rank has its own values, from a checkpoint.
 
         Returns:
             All ranks' headers, where rank 0's steps count for all; whether what is averaged has changed on this rank.
         """
-        own, coordination = row(**who, position=BEGIN, finite=True, **self.progress.seen), self._coordination
-
-        def start() -> tuple[np.ndarray, bool]:
-            communicator = coordination.communicator
-            table = protocol.agree(communicator, own, description)
-            moved = not everything_is_here and self.memory.broadcast(communicator, protocol.as_far(table))
-            self._pipeline.start()
-            coordination.start()
-            self.survivors.agree()
-            return table, moved
-
-        table, moved = self.survivors.repeat(start)
-        table["total"] = table["total"][0]
         self._sent: Decision | None = None  # what is on its way
         self._failed: Decision | None = None  # what arrived and is not finite
         self._outcome = Outcome()  # of the round so far
+        coordination, moved = self._coordination, False
+
+        def start() -> np.ndarray:
+            nonlocal moved  # if a rank dies behind the broadcast, the next one changes nothing
+            table = protocol.agree(coordination.communicator, own, description)
+            if not resumes:
+                moved |= self.memory.broadcast(coordination.communicator, protocol.as_far(table))
+            self._pipeline.start()
+            coordination.start()
+            self.survivors.agree()
+            return table
+
+        table = self.survivors.repeat(start)
+        table["total"] = table["total"][0]
         return table, moved
 
-    def make(self, who: Callable[[], Mapping[str, Any]], due: bool) -> Decision:
+    def make(self, look: Callable[[], Mapping[str, Any]], due: bool) -> Decision:
         """Header, decision, and if it was decided an average, which with overlap is only begun (collective).
 
         Args:
-            who: what the header says of this rank besides; asked again if a rank dies in here.
+            look: what the header says of this rank besides; again if a rank dies in here.
             due: whether its round ends here.
         """
-        return self.survivors.repeat(lambda: self._make(who(), due))
+        return self.survivors.repeat(lambda: self._make(look(), due))
 
     def _make(self, who: Mapping[str, Any], due: bool) -> Decision:
         progress, timings = self.progress, self.timings
@@ -135,8 +136,13 @@ class Averages:
             stacklevel=2,
         )
 
-    def exchange(self, decision: Decision, message: bytes) -> list[bytes]:
-        """Every rank's message, if this sync has found that all have come further (collective)."""
+    def exchange_messages(self, decision: Decision, message: bytes) -> list[bytes]:
+        """Every rank's, if this sync has found that all have come further; else an empty list (collective).
+
+        Args:
+            decision: this sync's.
+            message: this rank's, which counts if it has come no further than all.
+        """
         if decision.reached <= self.progress.reached:
             return []
         own = message if decision.reached == self.progress.position else b""

@@ -20,7 +20,7 @@ from hvd_localsgd.core import agreement, failures, header, protocol
 from hvd_localsgd.core.agreement import NOTHING, Context
 from hvd_localsgd.core.averages import Averages
 from hvd_localsgd.core.keeper import Keeper
-from hvd_localsgd.core.progress import FINISHED
+from hvd_localsgd.core.progress import BEGIN, FINISHED
 from hvd_localsgd.core.protocol import Coordination
 from hvd_localsgd.core.settings import Settings
 
@@ -55,11 +55,12 @@ class LocalSGD:
         """
         description = agreement.describe(self._settings, self._averages.memory.description(), context)
         self._who = {"engine": self.number, "model": agreement.fingerprint(description)}
-        own = self._who | {"total": self.progress.total if total is None else total, "updates": context.updates}
-        own["brought"] = 0 if self.keeper.found else context.brought
+        own = header.row(**self._who, position=BEGIN, finite=True, **self.progress.seen)
+        own["total"] = self.progress.total if total is None else total
+        own["brought"], own["updates"] = 0 if self.keeper.found else context.brought, context.updates
         failures.begin(self)
         with failures.together(self):
-            table, moved = self._averages.begin(own, description, everything_is_here=bool(self.keeper.found))
+            table, moved = self._averages.begin(own, description, resumes=bool(self.keeper.found))
         decision = protocol.decide(table, self._settings)  # no rank has a pace yet
         if decision.trouble is not None:
             raise decision.trouble
@@ -103,7 +104,7 @@ class LocalSGD:
             decision = self._averages.make(lambda: self._who | self.keeper.look(), due)
             if decision.average:
                 self._averages.end_round(decision)
-            messages = self._averages.exchange(decision, message)
+            messages = self._averages.exchange_messages(decision, message)
             self.keeper.see(decision)
             self.keeper.take()
         if decision.trouble is not None:

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -87,8 +87,7 @@ class Outcome:
 
     def and_then(self, later: Outcome) -> Outcome:
         """Of two averages of the same round."""
-        given, hidden = self.bytes + later.bytes, self.hidden + later.hidden
-        return Outcome(later.drift, given, later.error, hidden)
+        return replace(later, bytes=self.bytes + later.bytes, hidden=self.hidden + later.hidden)
 
 
 class Pipeline:

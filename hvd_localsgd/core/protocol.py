@@ -94,16 +94,16 @@ def decide(table: np.ndarray, settings: Settings, last: Now | None = None) -> De
     )
 
 
-def _what_is_due(table: np.ndarray, settings: Settings, round: int, trained: int, last: Now | None) -> dict[str, Any]:
-    """Everything, where all ranks have come further: to validation, or to the end of an epoch; or where one has nothing that is finite.
+def _what_is_due(table: np.ndarray, settings: Settings, now: dict[str, Any], last: Now | None) -> dict[str, Any]:
+    """Fields of ``Now``: everything, where all ranks have come further, to validation or to the end of an epoch; or where one has nothing finite.
 
     Before that a part, or a group.
     """
     parts, world, groups = range(settings.fragments), True, settings.groups
-    if last is not None and table["position"].min() <= last.reached and _counts(table, settings).all():
+    if last is not None and now["reached"] <= last.reached and _counts(table, settings).all():
         if settings.fragments > 1:
-            parts = range(_turn(settings, last.trained), _turn(settings, trained))
-        world = groups is None or round % groups.every == 0
+            parts = range(_turn(settings, last.trained), _turn(settings, now["trained"]))
+        world = groups is None or now["round"] % groups.every == 0
     due = frozenset(each % settings.fragments for each in parts)
     return {"parts": due, "world": world, "whole": world and len(due) == settings.fragments}
 
@@ -148,28 +148,39 @@ def _sum(values: np.ndarray) -> float:
 
 
 def _now(table: np.ndarray, settings: Settings, last: Now | None) -> Now:
-    """The table in few numbers, none of which depends on the order of the ranks, and what the sync before has left behind; all but ``next``."""
+    """The table in few numbers, none of which depends on the order of the ranks, and what the last sync has left behind.
+
+    All but ``next``, and what a guard then makes of ``tracks``.
+    """
     losses, weights = table["loss"], np.maximum(table["steps"], 1) * np.isfinite(table["loss"])
-    loss = _sum(np.where(weights, losses, 0.0) * weights) / _sum(weights) if weights.any() else None
-    rates, remaining = (table[name][np.isfinite(table[name])] for name in ("rate", "remaining"))
-    rate, step = float(rates.max()) if rates.size else None, int(table["total"].max())
-    trained = step if last is None else last.trained + int(table["steps"].max())
-    round = 0 if last is None else last.round + 1
-    return Now(
-        step=step,
-        round=round,
-        remaining=int(remaining.max()) if remaining.size else None,
-        rate=rate,
-        loss=loss,
-        seconds=float(table["clock"].max()),
-        step_seconds=float(table["pace"].max()),
-        sync_seconds=float(table["sync"].max()),
-        reached=max(0.0, float(table["position"].min())),
-        trained=trained,
-        encoded=round > WARM_UP * settings.syncs_per_average,
-        **_what_is_due(table, settings, round, trained, last),
-        **({} if last is None else last.leaves(rate)),
-    )
+    rate, remaining = (table[name][np.isfinite(table[name])] for name in ("rate", "remaining"))
+    step = int(table["total"].max())
+    now: dict[str, Any] = {
+        "step": step,
+        "round": 0 if last is None else last.round + 1,
+        "remaining": int(remaining.max()) if remaining.size else None,
+        "rate": float(rate.max()) if rate.size else None,
+        "loss": _sum(np.where(weights, losses, 0.0) * weights) / _sum(weights) if weights.any() else None,
+        "seconds": float(table["clock"].max()),
+        "step_seconds": float(table["pace"].max()),
+        "sync_seconds": float(table["sync"].max()),
+        "reached": max(0.0, float(table["position"].min())),
+        "trained": step if last is None else last.trained + int(table["steps"].max()),
+    }
+    now["encoded"] = now["round"] > WARM_UP * settings.syncs_per_average
+    behind = {} if last is None else _left_behind(last, now["rate"])
+    return Now(**now, **_what_is_due(table, settings, now, last), **behind)
+
+
+def _left_behind(last: Now, rate: float | None) -> dict[str, Any]:
+    """Fields of ``Now``: by the sync before one at this learning rate."""
+    return {
+        "interval": last.next,
+        "first": last.first or (last if last.loss is not None or last.rate is not None else None),
+        "fallen": last.fallen or (rate is not None and last.rate is not None and rate < last.rate),
+        "last": replace(last, first=None, last=None, tracks=()),  # no chain: of the last one only its own numbers
+        "tracks": last.tracks,
+    }
 
 
 def _interval(settings: Settings, now: Now) -> int:
@@ -293,7 +304,7 @@ class Together:
         if not decision.stop:
             raise RankFailed(text + LESS)
         warnings.warn(
-            text, stacklevel=4
+            text, stacklevel=2
         )  # somebody, TerminateOnNaN perhaps, has seen it and ends training in good order
 
     def refuse_average(self, decision: Decision, variable: str) -> None:

@@ -9,7 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -65,17 +65,6 @@ class Now:
     world: bool = True
     whole: bool = True
     encoded: bool = False
-
-    def leaves(self, rate: float | None) -> dict[str, Any]:
-        """What the sync after this one, at this learning rate, knows of it."""
-        known = self if self.loss is not None or self.rate is not None else None
-        return {
-            "interval": self.next,
-            "first": self.first or known,
-            "fallen": self.fallen or (rate is not None and self.rate is not None and rate < self.rate),
-            "last": replace(self, first=None, last=None, tracks=()),  # no chain: of the last one only its own numbers
-            "tracks": self.tracks,
-        }
 
 
 class Schedule(ABC):
