@@ -196,7 +196,7 @@ def test_a_curve_on_cifar_goes_on_and_is_not_trained_twice(tmp_path, monkeypatch
     monkeypatch.setattr(keras.Model, "fit", lambda *own, **words: (trained.append(words["epochs"]), fit(*own, **words)))
 
     def curve(**words):
-        chosen = {"batch": 16, "epochs": 2, "learning_rate": 0.01, "momentum": 0.9, "falls": [3, 4], "data": None}
+        chosen = {"batch": 16, "epochs": 2, "learning_rate": 0.01, "momentum": 0.9, "falls": [3, 4]}
         chosen |= {"no_augmentation": False, **words}
         return prsgd_cifar10.train(argparse.Namespace(**chosen), 2, (*data, *data), tmp_path / "1-ranks-2")
 

@@ -1,8 +1,9 @@
-"""No number in README or docs is another than in docs/figures.json, and all that was measured is shown."""
+"""No number in README or docs is another than in docs/figures.json or docs/figures, and all that was measured is shown."""
 
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from . import launched
@@ -59,3 +60,23 @@ def test_the_file_holds_only_what_is_in_tables():
     for name, measured in json.loads(figures.FILE.read_text()).items():
         for row in measured["rows"]:
             assert set(row) <= set(figures.FIGURES[name].columns)
+
+
+def test_the_curves_on_cifar_are_those_of_the_records():
+    """Loss and accuracy after these epochs, the median of averaging, and how long epochs took."""
+    lines = [line.strip("| ").split(" | ") for line in (figures.ROOT / "docs" / "papers.md").read_text().splitlines()]
+    said = {(line[0], line[1].split()[0]): line[2:] for line in lines if len(line) == 6 and line[-1].endswith(" s")}
+    records = sorted((figures.ROOT / "docs" / "figures" / "cifar10").glob("*.jsonl"))
+    assert len(said) == len(records) > 0
+    for record in records:
+        rows = [json.loads(line) for line in record.read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == list(range(1, 16))
+        shown = [rows[epoch - 1] for epoch in (1, 5, 8, 12, 15)]
+        averaging = [row["averaging %"] for row in rows]
+        took = np.diff([0, *(row["seconds"] for row in rows)])
+        assert said[str(rows[0]["ranks"]), str(rows[0]["I"])] == [
+            ", ".join(f"{row['loss']:.2f}" for row in shown),
+            ", ".join(f"{row['test accuracy']:.3f}" for row in shown),
+            "–" if None in averaging else f"{np.median(averaging):.2f} %",
+            ", ".join(f"{function(took):.0f} s" for function in (np.min, np.median, np.max)),
+        ]

@@ -145,7 +145,7 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
     steps = count // arguments.batch
     rate = keras.optimizers.schedules.PiecewiseConstantDecay([int(steps * epoch) for epoch in falls], rates)
     optimizer, callbacks = keras.optimizers.SGD(rate, momentum=arguments.momentum), []
-    record = recorder(path, facts)
+    record = recorder(path, facts, kept)
     if curve == "gradients":
         import horovod.tensorflow as hvd
         from horovod_baseline import BroadcastFromRank0, average_gradients
@@ -168,8 +168,8 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
     return report.written(path)
 
 
-def recorder(path: Path, facts: dict[str, Any]) -> Any:
-    """A callback: what each epoch has shown, the mean over ranks, becomes a line of rank 0's file."""
+def recorder(path: Path, facts: dict[str, Any], kept: report.Rows) -> Any:
+    """A callback: what each epoch has shown, the mean over ranks, becomes a line of rank 0's file, after what earlier lives have kept."""
     import keras
 
     from hvd_localsgd import devices
@@ -179,7 +179,7 @@ def recorder(path: Path, facts: dict[str, Any]) -> Any:
     class Recorder(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
             if not hasattr(self, "before"):
-                rows = report.written(path)[:epoch]  # of an epoch that is begun again there is no line
+                rows = kept[:epoch]  # of an epoch that is begun again there is no line
                 self.before = rows[-1]["seconds"] if rows else 0.0
                 if communicator.rank == 0:
                     path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,10 +66,9 @@ class Averages:
                 moved |= self.memory.broadcast(coordination.communicator, protocol.as_far(table))
             self._pipeline.start()
             coordination.start()
-            self.survivors.agree()
             return table
 
-        table = self.survivors.repeat(start)
+        table = self.survivors.agreed(start)
         table["total"] = table["total"][0]
         return table, moved
 
@@ -146,13 +145,7 @@ class Averages:
         if decision.reached <= self.progress.reached:
             return []
         own = message if decision.reached == self.progress.position else b""
-
-        def gather() -> list[bytes]:
-            messages = self._coordination.gather(own)
-            self.survivors.agree()
-            return messages
-
-        messages = self.survivors.repeat(gather)
+        messages = self.survivors.agreed(lambda: self._coordination.gather(own))
         self.progress.reach(decision.reached)
         self.timings.lap("communicate")
         return messages
@@ -191,7 +184,6 @@ class Averages:
         if self._sent is None:
             averaged, communicator = self._pipeline.averaged(decision.now), self._coordination.communicator
             audit(communicator, self.memory, averaged, decision.now.step)
-        self.survivors.agree()
 
     @property
     def flies(self) -> bool:
@@ -212,7 +204,7 @@ class Averages:
         self._record(self.progress.interval, decision.staleness)
         self.progress.begin_round(decision.now, int(decision.intervals[self._coordination.place]))
         if averaged and self._settings.audits(decision.now):
-            self.survivors.repeat(lambda: self._audit(decision))
+            self.survivors.agreed(lambda: self._audit(decision))
 
     def _record(self, interval: int, staleness: int = 0) -> None:
         """Of the round, and of the averages that landed in it."""

@@ -303,9 +303,8 @@ class Together:
         text = f"NaN or infinity in the weights of {ranks} at local step {decision.now.step}; nothing was averaged."
         if not decision.stop:
             raise RankFailed(text + LESS)
-        warnings.warn(
-            text, stacklevel=2
-        )  # somebody, TerminateOnNaN perhaps, has seen it and ends training in good order
+        # Somebody, TerminateOnNaN perhaps, has seen it and ends training in good order.
+        warnings.warn(text, stacklevel=2)
 
     def refuse_average(self, decision: Decision, variable: str) -> None:
         """Names the ranks and their variables (collective)."""

@@ -55,19 +55,27 @@ class Survivors:
             except RankDied as death:
                 self.recover(death)
 
+    def agreed(self, call: Callable[[], _Result]) -> _Result:
+        """The result of a call to whose end all ranks have come (collective).
+
+        Raises:
+            RankFailed: as ``repeat``.
+        """
+
+        def to_the_end() -> _Result:
+            result = call()
+            self.agree()
+            return result
+
+        return self.repeat(to_the_end)
+
     def gather(self, data: bytes) -> list[bytes]:
         """The bytes of every rank that is left, in order of rank (collective).
 
         Raises:
             RankFailed: as ``repeat``.
         """
-
-        def call() -> list[bytes]:
-            entries = self._communicator.gather(data)
-            self.agree()
-            return entries
-
-        return self.repeat(call)
+        return self.agreed(lambda: self._communicator.gather(data))
 
     def recover(self, death: RankDied) -> None:
         """Without the dead (collective).

@@ -96,9 +96,8 @@ class _Without:
 
     _front: Any
     _shown: Sequence[str]
-    _see: Callable[
-        ..., None
-    ]  # the callback's own method: it, and not what stands for it, is what History leaves as model.history
+    # The callback's own method: it, and not what stands for it, is what History leaves as model.history.
+    _see: Callable[..., None]
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = logs if logs is not None else {}
