@@ -27,7 +27,7 @@ def holds(result):
 def test_a_loop_that_is_killed_goes_on_to_the_same_bits(tmp_path):
     expected = holds(run(2, "averager", tmp_path / "whole"))
     assert len(expected) == 2
-    killed = run(2, "averager", tmp_path / "killed", "kill=25")
+    killed = run(2, "averager", tmp_path / "killed", "kill=25", "pause=20")  # which give the thread time to write
     assert killed.status == 137, killed.output
     result = run(2, "averager", tmp_path / "killed")
     assert "goes on from round" in result.output, result.output
@@ -47,11 +47,36 @@ def test_a_signal_on_one_rank_ends_all_with_a_status(signal, status, tmp_path):
 
 def test_fit_with_the_optimizer_is_killed_and_other_ranks_go_on(tmp_path):
     """The callback's, and the same bits, are in tests/collective/test_checkpoints.py: here a process of its own each time."""
-    killed = run(2, "optimizer", tmp_path, "kill=17")
+    killed = run(2, "optimizer", tmp_path, "kill=17", "pause=20")
     assert killed.status == 137, killed.output
     result = run(1, "optimizer", tmp_path)
     assert result.status == 0, result.output
     assert "which 2 ranks have written; not taken over: which samples of the epoch were seen" in result.output
+
+
+@pytest.mark.parametrize(
+    ("front", "data", "before", "now", "step", "steps"),
+    [
+        ("optimizer", "arrays", 2, 1, 5, 6 + 1),  # twice 6 batches are more than the 10 there are: the last is to come
+        ("callback", "unknown", 1, 2, 5, 6 + 11),  # from its start; TensorFlow counts the step in which data end
+        ("callback", "arrays", 2, 1, 10, 10),  # the epoch's data had ended
+        ("callback", "arrays", 1, 2, 10, 10),
+    ],
+)
+def test_other_ranks_come_to_the_end_of_an_epoch(front, data, before, now, step, steps, tmp_path):
+    """``step`` of 10 is the one after which the last rank is asked to end."""
+    arguments = ("rounds=1", "epochs=1", f"data={data}")
+    stopped = run(before, front, tmp_path, f"signal={step}", *arguments)
+    assert stopped.status == 75, stopped.output
+    ranks = holds(run(now, front, tmp_path, *arguments))
+    assert len(ranks) == now
+    assert all(rank.endswith(f"iterations {steps}") for rank in ranks), ranks
+    losses = {float(loss) for loss in re.findall(r"loss (\S+)", "\n".join(ranks))}
+    assert len(losses) == 1
+    assert 0 < losses.pop() < 100, ranks
+    if before == 1 and step == 10:  # what one rank has seen is what both say
+        whole = holds(run(1, front, tmp_path / "whole", *arguments))
+        assert re.findall(r"loss (\S+)", whole[0]) == re.findall(r"loss (\S+)", ranks[0])
 
 
 def test_time_runs_out(tmp_path):

@@ -153,23 +153,31 @@ class LocalSGDCheckpoint(Checkpoints, Callback):
         for number, variable in enumerate(self._variables()):
             if own or "seed_generator_state" not in getattr(variable, "path", ""):
                 write(variable, state[f"variable/{number}"])
-        dropped = []
-        if ranks != size and where["batches"]:
-            before, several = where["batches"], self.model.steps_per_execution
-            where["batches"] = before * ranks // size // several * several
+        dropped, metrics = [], True
+        if where["over"]:
+            dropped = ["the epoch's metrics of the other ranks"] if ranks > size else []
+        elif ranks != size and where["batches"]:
+            before, where["batches"] = where["batches"], self._as_far(where["batches"] * ranks / size)
             if "updates" in where:
                 where["updates"] += before - where["batches"]
+            metrics = False
             dropped = [
                 f"which samples of the epoch were seen (it goes on at batch {where['batches']})",
                 "the epoch's metrics so far",
             ]
         self._now, self._first_epoch = {name: where[name] for name in self._now}, where["first_epoch"]
         self.model.stop_training = where.get("stop", False)
-        self._later = {name: array for name, array in state.items() if not name.startswith("variable/")} if own else {}
-        if ranks != size:
-            self._later = {name: array for name, array in self._later.items() if not name.startswith("metric/")}
+        kept = {"metric": metrics, "random": own, "drawn": own}
+        self._later = {name: array for name, array in state.items() if kept.get(name.split("/")[0])}
         self._front.go_on(where)
         return dropped
+
+    def _as_far(self, batches: float) -> int:
+        """Where to go on in this epoch, of other ranks' batches: the last execution is to come, or Keras would have no metrics."""
+        several, known = self.model.steps_per_execution, self._batch_iterator.num_batches
+        if not known:
+            return 0  # nobody can say whether the data end before
+        return int(min(batches, known - 1) // several * several)
 
     def _variables(self) -> list[Any]:
         optimizers = keras_state.optimizers(self.model)
