@@ -1,6 +1,7 @@
 """Tables of many trainings on the same samples: optimizer state, outer steps and H.
 
 python benchmarks/grid.py momentum --ranks 4 --data cifar10.npz --work runs/momentum.jsonl      keep, average, reset; with and without SlowMo
+python benchmarks/grid.py rates --ranks 4 --data cifar10.npz --work runs/rates.jsonl            the same at larger learning rates
 python benchmarks/grid.py post-local --ranks 4 --data cifar10.npz --work runs/post_local.jsonl  local from the start or from the half on
 python benchmarks/grid.py rounds --ranks 8 --data mnist.npz --work runs/rounds.jsonl            rounds and bytes to one accuracy
 
@@ -43,6 +44,16 @@ def momentum() -> list[Case]:
     return [{"optimizer": inner, "state": state, "outer": outer, "H": steps} for inner, state, outer, steps in ways]
 
 
+def rates() -> list[Case]:
+    """Whether a way is better, or only takes larger steps: learning rates of which all above are 1."""
+    ways = itertools.product(("SGD, momentum 0.9", "Adam"), ("keep", "reset"), ("mean", "SlowMo"), (1, 2, 4))
+    common = {"H": 16}
+    return [
+        {"optimizer": inner, "state": state, "outer": outer, **common, "rate": rate}
+        for inner, state, outer, rate in ways
+    ]
+
+
 def post_local() -> list[Case]:
     """When local steps begin, and what the average becomes."""
     ways = itertools.product(("start", "half"), OUTER, (16, 64, 256))
@@ -56,7 +67,8 @@ def rounds() -> list[Case]:
     return [{"optimizer": "Adam", "state": "keep", "outer": outer, "H": steps} for outer, steps in ways]
 
 
-TABLES = {"momentum": momentum, "post-local": post_local, "rounds": rounds}
+TABLES = {"momentum": momentum, "rates": rates, "post-local": post_local, "rounds": rounds}
+ACROSS = {"momentum": "H", "rates": "rate", "post-local": "H"}  # what makes columns of a table
 
 
 def measure(arguments: argparse.Namespace) -> report.Rows:
@@ -97,6 +109,7 @@ def train_one(case: Case, seed: int, data: tuple[Any, ...], arguments: argparse.
     model.set_weights(make(x_train.shape[1:]).get_weights())
     for variable, value in zip(model.optimizer.variables, start, strict=True):
         variable.assign(value)
+    model.optimizer.learning_rate.assign(RATES[case["optimizer"]] * case.get("rate", 1))
     interval = lsgd.PostLocal("0.5dur", case["H"]) if case.get("local from") == "half" else case["H"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of outer steps with rounds that grow, which is a question here
@@ -181,33 +194,47 @@ def dense(shape: tuple[int, ...]) -> Any:
     return keras.Sequential([keras.Input(shape), keras.layers.Flatten(), *layers, keras.layers.Dense(10)])
 
 
-def summary(rows: report.Rows) -> report.Rows:
-    """A row for each case: the mean over seeds, the least and the most."""
+def summary(rows: report.Rows, across: str | None) -> report.Rows:
+    """A row for each case: the mean over seeds, the least and the most; of each value of ``across`` in a column of its own."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, seeds in by(rows, *_CASE).items():
+        case, accuracies = json.loads(name), [row["accuracy"] for row in seeds]
+        mean, least, most = sum(accuracies) / len(seeds), min(accuracies), max(accuracies)
+        if across is None:
+            means = {key: sum(row[key] for row in seeds) / len(seeds) for key in ("local steps", "syncs", "megabytes")}
+            result[name] = case | {"seeds": len(seeds), **means, "accuracy": mean, "least": least, "most": most}
+            continue
+        value = case.pop(across)
+        row = result.setdefault(json.dumps(case), {**case, "seeds": len(seeds), "accuracies": {}})
+        row["accuracies"][value] = mean, least, most
+        row[f"{across} = {value}"] = f"{mean:.3f} ({least:.3f} to {most:.3f})"
+    return list(result.values())
+
+
+_CASE = ("optimizer", "state", "local from", "outer", "H", "rate", "ranks")
+
+
+def by(rows: report.Rows, *keys: str) -> dict[str, report.Rows]:
+    """Rows that have the same of these, under those as JSON."""
     found: dict[str, report.Rows] = {}
     for row in rows:
-        case = {key: row[key] for key in ("optimizer", "state", "local from", "outer", "H", "ranks") if key in row}
-        found.setdefault(json.dumps(case), []).append(row)
-    result = []
-    for name, seeds in found.items():
-        accuracies = [row["accuracy"] for row in seeds]
-        row = {**json.loads(name), "seeds": len(seeds), "least": min(accuracies), "most": max(accuracies)}
-        means = ("accuracy", "loss", "local steps", "syncs", "megabytes")
-        result.append(row | {key: sum(each[key] for each in seeds) / len(seeds) for key in means})
-    return result
+        found.setdefault(json.dumps({key: row[key] for key in keys if key in row}), []).append(row)
+    return found
 
 
 def draw(figure: Any, rows: report.Rows) -> None:
-    """Accuracy against H, from the least to the most of the seeds."""
+    """Accuracy against what is across, from the least to the most of the seeds; or syncs to one accuracy."""
+    if "accuracies" not in rows[0]:
+        report.bars(figure, rows, lambda row: f"{row['outer']}, H = {row['H']}", {"syncs": "syncs"}, "syncs")
+        return
     panel = figure.add_subplot()
-    lines: dict[str, report.Rows] = {}
     for row in rows:
         name = ", ".join(str(row[key]) for key in ("optimizer", "state", "local from", "outer") if key in row)
-        lines.setdefault(name, []).append(row)
-    for name, line in lines.items():
-        spread = [[row["accuracy"] - row["least"] for row in line], [row["most"] - row["accuracy"] for row in line]]
-        panel.errorbar([row["H"] for row in line], [row["accuracy"] for row in line], spread, marker=".", label=name)
+        at, points = list(row["accuracies"]), list(row["accuracies"].values())
+        spread = [[mean - least for mean, least, _ in points], [most - mean for mean, _, most in points]]
+        panel.errorbar([float(x) for x in at], [mean for mean, *_ in points], spread, marker=".", label=name)
     panel.set_xscale("log", base=2)
-    panel.set_xlabel("H")
+    panel.set_xlabel("rate" if "H" in rows[0] else "H")
     panel.set_ylabel("test accuracy")
     panel.legend(frameon=False, fontsize=7)
 
@@ -224,23 +251,11 @@ def main() -> int:
     parser.add_argument(
         "--accuracy", type=float, default=0.97, help="of rounds: the test accuracy that ends a training"
     )
-    columns = [
-        "optimizer",
-        "state",
-        "local from",
-        "outer",
-        "H",
-        "local steps",
-        "syncs",
-        "megabytes",
-        "loss",
-        "accuracy",
-        "least",
-        "most",
-    ]
-    return report.run(
-        parser.parse_args(), lambda arguments: summary(measure(arguments)), "The same samples", columns, draw
-    )
+    arguments, across = parser.parse_args(), ACROSS.get(parser.parse_args().table)
+    found = {f"{across} = {case[across]}": None for case in TABLES[arguments.table]()} if across else {}
+    means = ["local steps", "syncs", "megabytes", "accuracy", "least", "most"]
+    columns = [*(key for key in _CASE if key not in (across, "ranks")), "seeds", *(found or means)]
+    return report.run(arguments, lambda given: summary(measure(given), across), "The same samples", columns, draw)
 
 
 if __name__ == "__main__":

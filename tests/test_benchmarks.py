@@ -276,8 +276,27 @@ def test_trainings_of_a_grid_do_not_know_of_each_other():
 
     first = train(0)
     assert train(1) != first
-    train(0, outer="SlowMo")
+    train(0, outer="SlowMo", rate=4)
     assert train(0) == first
+    assert train(0, rate=2) != first
+
+
+def test_a_table_of_a_grid_has_a_column_for_each_value_across():
+    import grid
+
+    accuracies = {4: (0.5, 0.25, 0.75), 16: (0.125, 0.125, 0.125)}
+    common = {"ranks": 2, "seconds": 1.0}
+    rows = [
+        {**common, **case, "seed": seed, "accuracy": accuracies[case["H"]][seed] + (case["state"] == "reset")}
+        for case in grid.momentum()
+        for seed in range(3)
+        if case["H"] in accuracies
+    ]
+    table = grid.summary(rows, "H")
+    assert len(table) == 2 * 3 * 2
+    assert {row["H = 4"] for row in table if row["state"] == "keep"} == {"0.500 (0.250 to 0.750)"}
+    assert {row["H = 16"] for row in table if row["state"] == "reset"} == {"1.125 (1.125 to 1.125)"}
+    assert [row["seeds"] for row in table] == [3] * len(table)
 
 
 def test_a_grid_goes_on_where_it_was(tmp_path):
