@@ -114,6 +114,22 @@ FIGURES = {
         ),
         ("way", "ranks", "slow", "H", "of the ranks' own speeds", "wait %", "staleness"),
     ),
+    "momentum": Figure(
+        ("python benchmarks/grid.py momentum --ranks 4 --data cifar10.npz",),
+        ("optimizer", "state", "outer", "H = 4", "H = 16", "H = 64"),
+    ),
+    "rates": Figure(
+        ("python benchmarks/grid.py rates --ranks 4 --data cifar10.npz",),
+        ("optimizer", "state", "outer", "rate = 1", "rate = 2", "rate = 4"),
+    ),
+    "post_local": Figure(
+        ("python benchmarks/grid.py post-local --ranks 4 --data cifar10.npz",),
+        ("local from", "outer", "H = 16", "H = 64", "H = 256"),
+    ),
+    "rounds": Figure(
+        ("python benchmarks/grid.py rounds --ranks 8 --data mnist.npz --subset 60000 --steps 2048",),
+        ("outer", "H", "local steps", "syncs", "megabytes", "accuracy", "least", "most"),
+    ),
 }
 
 

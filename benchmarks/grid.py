@@ -161,7 +161,12 @@ def batches(x: Any, y: Any, draws: Any, size: int) -> Any:
         return tf.gather(images, chosen), tf.gather(labels, chosen)
 
     images, labels = tf.constant(x), tf.constant(y)
-    return tf.data.Dataset.from_tensor_slices(draws).batch(size, drop_remainder=True).map(pick).prefetch(2)
+    chosen = tf.data.Dataset.from_tensor_slices(draws).batch(size, drop_remainder=True).map(pick).prefetch(2)
+    options = tf.data.Options()
+    options.autotune.enabled = (
+        False  # or the next training waits for its thread to wake, up to as long as this one took
+    )
+    return chosen.with_options(options)
 
 
 def until(accuracy: float) -> Any:
@@ -201,7 +206,8 @@ def summary(rows: report.Rows, across: str | None) -> report.Rows:
         case, accuracies = json.loads(name), [row["accuracy"] for row in seeds]
         mean, least, most = sum(accuracies) / len(seeds), min(accuracies), max(accuracies)
         if across is None:
-            means = {key: sum(row[key] for row in seeds) / len(seeds) for key in ("local steps", "syncs", "megabytes")}
+            whole = ("local steps", "syncs", "megabytes")
+            means = {key: round(sum(row[key] for row in seeds) / len(seeds)) for key in whole}
             result[name] = case | {"seeds": len(seeds), **means, "accuracy": mean, "least": least, "most": most}
             continue
         value = case.pop(across)
@@ -249,7 +255,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1024, help="local steps; of rounds, at most")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
-        "--accuracy", type=float, default=0.97, help="of rounds: the test accuracy that ends a training"
+        "--accuracy", type=float, default=0.93, help="of rounds: the test accuracy that ends a training"
     )
     arguments, across = parser.parse_args(), ACROSS.get(parser.parse_args().table)
     found = {f"{across} = {case[across]}": None for case in TABLES[arguments.table]()} if across else {}
