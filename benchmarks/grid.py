@@ -163,9 +163,7 @@ def batches(x: Any, y: Any, draws: Any, size: int) -> Any:
     images, labels = tf.constant(x), tf.constant(y)
     chosen = tf.data.Dataset.from_tensor_slices(draws).batch(size, drop_remainder=True).map(pick).prefetch(2)
     options = tf.data.Options()
-    options.autotune.enabled = (
-        False  # or the next training waits for its thread to wake, up to as long as this one took
-    )
+    options.autotune.enabled = False  # or the next training may wait for its thread to wake
     return chosen.with_options(options)
 
 

@@ -162,7 +162,7 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
     if not arguments.no_augmentation:
         images = images.map(augment)
     options = tf.data.Options()
-    options.autotune.enabled = False  # or an epoch's end may wait for its thread to wake, up to a minute
+    options.autotune.enabled = False  # or an epoch's end may wait for its thread to wake
     model.fit(
         images.batch(arguments.batch).prefetch(2).with_options(options), epochs=arguments.epochs, verbose=0, shuffle=False, callbacks=callbacks,
         validation_data=(x_test[test], y_test[test]), validation_batch_size=256,
