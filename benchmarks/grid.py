@@ -47,9 +47,8 @@ def momentum() -> list[Case]:
 def rates() -> list[Case]:
     """Whether a way is better, or only takes larger steps: learning rates of which all above are 1."""
     ways = itertools.product(("SGD, momentum 0.9", "Adam"), ("keep", "reset"), ("mean", "SlowMo"), (1, 2, 4))
-    common = {"H": 16}
     return [
-        {"optimizer": inner, "state": state, "outer": outer, **common, "rate": rate}
+        {"optimizer": inner, "state": state, "outer": outer, "H": 16, "rate": rate}
         for inner, state, outer, rate in ways
     ]
 
@@ -161,10 +160,8 @@ def batches(x: Any, y: Any, draws: Any, size: int) -> Any:
         return tf.gather(images, chosen), tf.gather(labels, chosen)
 
     images, labels = tf.constant(x), tf.constant(y)
-    chosen = tf.data.Dataset.from_tensor_slices(draws).batch(size, drop_remainder=True).map(pick).prefetch(2)
-    options = tf.data.Options()
-    options.autotune.enabled = False  # or the next training may wait for its thread to wake
-    return chosen.with_options(options)
+    data = tf.data.Dataset.from_tensor_slices(draws).batch(size, drop_remainder=True).map(pick).prefetch(2)
+    return report.without_autotune(data)
 
 
 def until(accuracy: float) -> Any:
@@ -200,7 +197,7 @@ def dense(shape: tuple[int, ...]) -> Any:
 def summary(rows: report.Rows, across: str | None) -> report.Rows:
     """A row for each case: the mean over seeds, the least and the most; of each value of ``across`` in a column of its own."""
     result: dict[str, dict[str, Any]] = {}
-    for name, seeds in by(rows, *_CASE).items():
+    for name, seeds in by_case(rows).items():
         case, accuracies = json.loads(name), [row["accuracy"] for row in seeds]
         mean, least, most = sum(accuracies) / len(seeds), min(accuracies), max(accuracies)
         if across is None:
@@ -218,11 +215,11 @@ def summary(rows: report.Rows, across: str | None) -> report.Rows:
 _CASE = ("optimizer", "state", "local from", "outer", "H", "rate", "ranks")
 
 
-def by(rows: report.Rows, *keys: str) -> dict[str, report.Rows]:
-    """Rows that have the same of these, under those as JSON."""
+def by_case(rows: report.Rows) -> dict[str, report.Rows]:
+    """All seeds of each, under it as JSON."""
     found: dict[str, report.Rows] = {}
     for row in rows:
-        found.setdefault(json.dumps({key: row[key] for key in keys if key in row}), []).append(row)
+        found.setdefault(json.dumps({key: row[key] for key in _CASE if key in row}), []).append(row)
     return found
 
 
@@ -255,7 +252,8 @@ def main() -> int:
     parser.add_argument(
         "--accuracy", type=float, default=0.93, help="of rounds: the test accuracy that ends a training"
     )
-    arguments, across = parser.parse_args(), ACROSS.get(parser.parse_args().table)
+    arguments = parser.parse_args()
+    across = ACROSS.get(arguments.table)
     found = {f"{across} = {case[across]}": None for case in TABLES[arguments.table]()} if across else {}
     means = ["local steps", "syncs", "megabytes", "accuracy", "least", "most"]
     columns = [*(key for key in _CASE if key not in (across, "ranks")), "seeds", *(found or means)]

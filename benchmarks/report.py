@@ -91,6 +91,15 @@ def keep(path: Path, entry: Any) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
+def without_autotune(data: Any) -> Any:
+    """A ``tf.data.Dataset`` whose iterators' end, an epoch's or a training's, does not wait for autotune's thread to wake."""
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return data.with_options(options)
+
+
 def finish(
     path: Path,
     written: dict[str, Any],

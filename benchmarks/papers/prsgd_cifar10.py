@@ -161,10 +161,8 @@ def train(arguments: argparse.Namespace, curve: int | str, data: tuple[np.ndarra
     images = tf.data.Dataset.from_tensor_slices((x_train[own], y_train[own])).shuffle(count, seed=lsgd.rank())
     if not arguments.no_augmentation:
         images = images.map(augment)
-    options = tf.data.Options()
-    options.autotune.enabled = False  # or an epoch's end may wait for its thread to wake
     model.fit(
-        images.batch(arguments.batch).prefetch(2).with_options(options), epochs=arguments.epochs, verbose=0, shuffle=False, callbacks=callbacks,
+        report.without_autotune(images.batch(arguments.batch).prefetch(2)), epochs=arguments.epochs, verbose=0, shuffle=False, callbacks=callbacks,
         validation_data=(x_test[test], y_test[test]), validation_batch_size=256,
     )  # fmt: skip
     return report.written(path)
