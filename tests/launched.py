@@ -70,12 +70,31 @@ def whole_lines(output: str) -> str:
 def assert_all_pass(launcher: Callable[..., Result], ranks: int, folder: Path, *selection: str, **arguments) -> None:
     """Every rank passes or skips each test that pytest collects for a selection. Ranks write their results to ``folder``."""
     collection = start([sys.executable, "-m", "pytest", "--collect-only", "-q", *selection], 120)
-    collected = re.search(r"^(\d+)(?:/\d+)? tests collected", collection.output, re.M)
+    collected = re.search(r"^(\d+)(?:/\d+)? tests? collected", collection.output, re.M)
     assert collected, collection.output
     own_file = f"--junitxml={folder}/$OMPI_COMM_WORLD_RANK.xml"  # which pytest expands, on each rank
     result = launcher(ranks, "-m", "pytest", "-q", "--color=no", own_file, *selection, **arguments)
-    assert result.status == 0, result.output
+    said = f"{result.output}\n{_failures(folder, ranks)}"  # last, where a long log is not cut
+    assert result.status == 0, said
     for rank in range(ranks):
         (suite,) = ElementTree.parse(folder / f"{rank}.xml").getroot()
         numbers = [int(suite.attrib[key]) for key in ("tests", "failures", "errors")]
-        assert numbers == [int(collected[1]), 0, 0], f"rank {rank} of {ranks}\n{result.output}"
+        assert numbers == [int(collected[1]), 0, 0], f"rank {rank} of {ranks}\n{said}"
+
+
+def _failures(folder: Path, ranks: int) -> str:
+    """Each rank's tests that failed, with the end of what pytest shows of them."""
+    found = []
+    for rank in range(ranks):
+        try:
+            results = ElementTree.parse(folder / f"{rank}.xml")
+        except (OSError, ElementTree.ParseError):
+            found.append(f"rank {rank} has not come to the end of its tests")
+            continue
+        for case in results.iter("testcase"):
+            found += [
+                f"rank {rank}: {case.attrib['name']}\n{(part.text or '')[-1500:]}"
+                for part in case
+                if part.tag in ("failure", "error")
+            ]
+    return "\n".join(found)

@@ -168,6 +168,23 @@ def remembered() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def as_raised(kinds: type[Exception]) -> Iterator[None]:
+    """Around a graph: what was raised inside comes out of it as it was raised.
+
+    Whatever the framework raises instead: an error stops all that the graph does at that moment, and what was reading data may be
+    the first to say so, that it was cancelled, or even that data have ended, which for a loop over data is no error.
+
+    Args:
+        kinds: the framework's errors.
+    """
+    _process.raised = None
+    try:
+        yield
+    except kinds as error:
+        raise (_process.raised or error) from None
+
+
 def cause(error: BaseException) -> BaseException:
     """What was raised inside a graph, if this error has its words; otherwise this error."""
     raised = _process.raised

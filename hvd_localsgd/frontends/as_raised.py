@@ -33,11 +33,7 @@ def install() -> None:
 def _as_raised(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(function)
     def step(iterator: Any) -> Any:
-        try:
+        with failures.as_raised(tf.errors.OpError):
             return function(iterator)
-        except tf.errors.OpError as error:
-            if (cause := failures.cause(error)) is error:
-                raise
-            raise cause from None
 
     return step

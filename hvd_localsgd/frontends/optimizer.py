@@ -6,6 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         ValueError: an argument is not one of the above; in the first step: ranks hold different models or settings.
         RuntimeError: inside XLA (``jit_compile=True``), which cannot call MPI.
         RankFailed: on every rank, when another rank failed or its weights are not finite. Out of a ``tf.function`` of your own
-            this and the ValueError of the first step come as a ``tf.errors.OpError`` with these words; not out of Keras'.
+            this and the ValueError of the first step come as a ``tf.errors.OpError``; not out of Keras'.
     """
 
     _engine: LocalSGD  # made before the first step
@@ -131,13 +132,13 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         _refuse_xla()
         if not self.built:
             self.build(list(trainable_variables or []))
-        dropped = _maybe_merge_call(lambda strategy: self._begin_if_due(), tf.distribute.get_strategy())
+        gradient = next(g for g in reversed(grads) if g is not None)
+        dropped = _maybe_merge_call(self._begin_if_due, tf.distribute.get_strategy(), gradient)
         if self.settings.weighting == "samples":
             self._count_batch()
         rate = self._rate()  # of this step; afterwards a schedule gives the next one's
         if not dropped:
             self.inner_optimizer.apply(self._corrected(grads, trainable_variables), trainable_variables)
-        gradient = next(g for g in grads if g is not None)
         _maybe_merge_call(self._count_step, tf.distribute.get_strategy(), gradient, rate)
 
     def _corrected(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None) -> Sequence[Any]:
@@ -185,9 +186,7 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
 
         A graph must not count before there is a gradient: where data end it is run once more, and stops when it asks for a batch.
         """
-        with tf.control_dependencies(
-            tf.nest.flatten(strategy.experimental_local_results(gradient), expand_composites=True)
-        ):
+        with _after(strategy, gradient):
             self._steps.value.assign_add(1)
             if self._variates is not None:
                 self._rates.assign_add(strategy.experimental_local_results(rate)[0])
@@ -263,18 +262,19 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
 
         def skip_and_count() -> None:
             skip()
-            self._begin_if_due()
-            self._count_step(tf.distribute.get_strategy(), (), self._rate())
+            strategy = tf.distribute.get_strategy()
+            self._begin_if_due(strategy, ())
+            self._count_step(strategy, (), self._rate())
 
         wrapper._stateful_handle_non_finite_grads = skip_and_count
 
     # Training as a whole.
 
-    def _begin_if_due(self) -> bool:
+    def _begin_if_due(self, strategy: Any, gradient: Any) -> bool:
         """In cross-replica context, before a step: begin a training if none is going on.
 
         When the step runs, not when it is traced: a function is traced once, and runs in any number of trainings. Its forward
-        pass has been made by then. A rank that had rank 0's weights goes on with its gradient, and with the statistics that the
+        pass has been made by then; it must have been, for where there is no batch no training begins. A rank that had rank 0's weights goes on with its gradient, and with the statistics that the
         pass has updated, its own; one that had not takes both from rank 0, and its gradient, taken elsewhere, is lost: whether it
         is to be dropped here; in a graph the step is taken back when it is over.
         """
@@ -282,7 +282,9 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
             with tf.init_scope():
                 self._make_engine()
             touched = [*self._start(), *self._statistics, *self._touched()]
-            graph.call_if(self._next_sync.value < 0, self._begin_in_graph, list({id(v): v for v in touched}.values()))
+            touched = list({id(v): v for v in touched}.values())
+            with _after(strategy, gradient):
+                graph.call_if(self._next_sync.value < 0, self._begin_in_graph, touched)
             return False
         if self._in_training:
             return False
@@ -462,6 +464,12 @@ def _zeros(shape: Sequence[int], dtype: Any) -> tf.Variable:
     """Under a strategy one on each replica, all of the same value."""
     zeros = tf.zeros(tuple(shape), dtype)
     return tf.Variable(zeros, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+
+
+def _after(strategy: Any, gradient: Any) -> AbstractContextManager[Any]:
+    """What a graph makes in here waits until every replica has this gradient."""
+    parts = strategy.experimental_local_results(gradient)
+    return tf.control_dependencies(tf.nest.flatten(parts, expand_composites=True))
 
 
 def _assign(variable: Any, value: Any) -> None:

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "tensorflow/core/framework/cancellation.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/function.h"
 #include "tensorflow/core/framework/op.h"
@@ -156,7 +157,10 @@ class RunIf : public AsyncOpKernel {
     OP_REQUIRES_OK_ASYNC(context, library->Instantiate(then_.name(), AttrSlice(&then_.attr()), &handle), done);
     FunctionLibraryRuntime::Options options(context->step_id());
     options.rendezvous = context->rendezvous();
-    options.cancellation_manager = context->cancellation_manager();
+    // One of its own, which the step's cancels: an error in the function would cancel the step before this operation has said
+    // what it was, and an operation that is cancelled would say so first.
+    auto* own = new CancellationManager(context->cancellation_manager());
+    options.cancellation_manager = own;
     options.collective_executor = context->collective_executor();
     options.step_container = context->step_container();
     options.stats_collector = context->stats_collector();
@@ -164,7 +168,8 @@ class RunIf : public AsyncOpKernel {
     std::vector<Tensor> inputs;
     for (int i = 1; i < context->num_inputs(); ++i) inputs.push_back(context->input(i));
     auto outputs = std::make_shared<std::vector<Tensor>>();
-    library->Run(options, handle, inputs, outputs.get(), [context, done, outputs](const absl::Status& status) {
+    library->Run(options, handle, inputs, outputs.get(), [context, done, outputs, own](const absl::Status& status) {
+      delete own;  // before the step's may be gone
       context->SetStatus(status);
       done();
     });
