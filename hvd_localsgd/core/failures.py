@@ -181,8 +181,10 @@ def as_raised(kinds: type[Exception]) -> Iterator[None]:
     _process.raised = None
     try:
         yield
-    except kinds as error:
-        raise (_process.raised or error) from None
+    except kinds:
+        if _process.raised is None:
+            raise
+        raise _process.raised from None
 
 
 def cause(error: BaseException) -> BaseException:

@@ -273,10 +273,10 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
     def _begin_if_due(self, strategy: Any, gradient: Any) -> bool:
         """In cross-replica context, before a step: begin a training if none is going on.
 
-        When the step runs, not when it is traced: a function is traced once, and runs in any number of trainings. Its forward
-        pass has been made by then; it must have been, for where there is no batch no training begins. A rank that had rank 0's weights goes on with its gradient, and with the statistics that the
-        pass has updated, its own; one that had not takes both from rank 0, and its gradient, taken elsewhere, is lost: whether it
-        is to be dropped here; in a graph the step is taken back when it is over.
+        When the step runs, not when it is traced: a function is traced once, and runs in any number of trainings. There is a
+        gradient by then, for where no batch comes no training begins. A rank that had rank 0's weights goes on with it, and with
+        the statistics that the forward pass has updated, its own; one that had not takes both from rank 0, and its gradient,
+        taken elsewhere, is lost: whether it is to be dropped here; in a graph the step is taken back when it is over.
         """
         if not tf.executing_eagerly():
             with tf.init_scope():
