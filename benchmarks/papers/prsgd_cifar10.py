@@ -203,12 +203,18 @@ def recorder(path: Path, facts: dict[str, Any], kept: report.Rows) -> Any:
     return Recorder()
 
 
+def _in_order(curve: tuple[int, int | str]) -> tuple[int, int]:
+    """Of ranks and I: gradients first."""
+    ranks, interval = curve
+    return ranks, interval if isinstance(interval, int) else 0
+
+
 def draw(figure: Any, rows: report.Rows) -> None:
     """The paper's figures: loss and accuracy, against epochs and against time."""
     panels = figure.subplots(2, 2)
     for line, column in zip(panels, ("loss", "test accuracy"), strict=True):
         for panel, axis in zip(line, ("epoch", "seconds"), strict=True):
-            for ranks, curve in sorted({(row["ranks"], row["I"]) for row in rows}, key=str):
+            for ranks, curve in sorted({(row["ranks"], row["I"]) for row in rows}, key=_in_order):
                 points = [(row[axis], row[column]) for row in rows if (row["ranks"], row["I"]) == (ranks, curve)]
                 name = curve if curve == "gradients" else f"I = {curve}"
                 panel.plot(*zip(*points, strict=True), marker=".", label=f"{ranks} ranks, {name}")
