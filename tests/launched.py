@@ -74,17 +74,16 @@ def assert_all_pass(launcher: Callable[..., Result], ranks: int, folder: Path, *
     assert collected, collection.output
     own_file = f"--junitxml={folder}/$OMPI_COMM_WORLD_RANK.xml"  # which pytest expands, on each rank
     result = launcher(ranks, "-m", "pytest", "-q", "--color=no", own_file, *selection, **arguments)
-    said = f"{result.output}\n{_failures(folder, ranks)}"  # last, where a long log is not cut
-    assert result.status == 0, said
+    assert result.status == 0, _with_failures(result, folder, ranks)
     for rank in range(ranks):
         (suite,) = ElementTree.parse(folder / f"{rank}.xml").getroot()
         numbers = [int(suite.attrib[key]) for key in ("tests", "failures", "errors")]
-        assert numbers == [int(collected[1]), 0, 0], f"rank {rank} of {ranks}\n{said}"
+        assert numbers == [int(collected[1]), 0, 0], f"rank {rank} of {ranks}\n{_with_failures(result, folder, ranks)}"
 
 
-def _failures(folder: Path, ranks: int) -> str:
-    """Each rank's tests that failed, with the end of what pytest shows of them."""
-    found = []
+def _with_failures(result: Result, folder: Path, ranks: int) -> str:
+    """The output; last, where a long log is not cut, each rank's tests that failed, with the end of what pytest shows of them."""
+    found = [result.output]
     for rank in range(ranks):
         try:
             results = ElementTree.parse(folder / f"{rank}.xml")

@@ -132,7 +132,7 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         _refuse_xla()
         if not self.built:
             self.build(list(trainable_variables or []))
-        gradient = next(g for g in reversed(grads) if g is not None)
+        gradient = next((g for g in reversed(grads) if g is not None), ())  # none: the inner optimizer says so
         dropped = _maybe_merge_call(self._begin_if_due, tf.distribute.get_strategy(), gradient)
         if self.settings.weighting == "samples":
             self._count_batch()

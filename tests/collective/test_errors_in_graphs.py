@@ -56,6 +56,16 @@ def test_a_schedule_that_raises(lsgd, call, steps_per_execution):
             model.fit(x, y, batch_size=8, verbose=0)
 
 
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_a_loss_without_gradients_is_keras_error(lsgd, run_eagerly):
+    model = dense()
+    optimizer = lsgd.LocalSGDOptimizer(keras.optimizers.SGD(), 2)
+    model.compile(optimizer, loss=lambda wanted, given: tf.reduce_mean(wanted), run_eagerly=run_eagerly)
+    x, y = reference.data(0, 2)
+    with pytest.raises(ValueError, match="No gradients provided for any variable"):
+        model.fit(x, y, batch_size=8, verbose=0)
+
+
 def test_where_no_batch_comes_no_training_begins(lsgd):
     asked = []
 
@@ -75,7 +85,7 @@ def test_where_no_batch_comes_no_training_begins(lsgd):
 
 
 def test_the_kernel_says_what_was_raised_before_what_it_stops_does():
-    """An error that is not remembered, in a graph that reads data meanwhile."""
+    """In a graph that reads data meanwhile, and around which nobody looks for what was raised."""
     if kernel.load() is None:
         pytest.skip("the kernel is not built: python -m hvd_localsgd.tools.build_kernel")
 
