@@ -12,7 +12,7 @@ OLDEST_PYTHON ?= $(shell for version in 3.10 3.11 3.12; do \
   for python in python$$version $$HOME/.pyenv/versions/$$version.*/bin/python$$version; do \
   $$python -c 'import ensurepip' 2>/dev/null && echo $$python && exit; done; done; echo $(PYTHON))
 # Tests that start no ranks, or one process that does little: two at a time. The others have the cores to themselves.
-ONE_PROCESS := tests/collective tests/test_codecs.py tests/test_decide.py tests/test_docs.py tests/test_guards.py tests/test_launchers.py tests/test_schedules.py tests/test_wings.py
+ONE_PROCESS := tests/collective tests/test_codecs.py tests/test_decide.py tests/test_docs.py tests/test_drift.py tests/test_guards.py tests/test_launchers.py tests/test_schedules.py tests/test_wings.py
 # For the tests that kill ranks: all of the first environment, but an MPI with ULFM.
 ULFM := .venv-ulfm
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -44,7 +44,7 @@ test-oldest: $(OLDEST)/ready
 test-fast: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_decide.py tests/test_guards.py tests/test_schedules.py tests/test_wings.py \
+	$(BIN)/python -m pytest -q tests/test_decide.py tests/test_drift.py tests/test_guards.py tests/test_schedules.py tests/test_wings.py \
 	  tests/collective/test_averager.py tests/collective/test_callback.py tests/collective/test_guards.py \
 	  tests/collective/test_optimizer.py tests/collective/test_outer.py tests/collective/test_parts.py \
 	  tests/collective/test_settings.py

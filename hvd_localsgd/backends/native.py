@@ -47,7 +47,9 @@ def scale(values: Array, weight: float) -> tuple[Array, float]:
     """As ``core.stages.scale``."""
     if (library := load()) is None or not isinstance(values, np.ndarray) or values.dtype != np.float32:
         return stages.scale(values, weight)
-    return values, library.scale(values.ctypes.data, values.size, weight)
+    # values.ctypes.data takes five microseconds more between two reductions, which leave nothing of Python in the caches.
+    address = ctypes.addressof(ctypes.c_char.from_buffer(values.data))
+    return values, library.scale(address, values.size, weight)
 
 
 class Compiled:

@@ -61,8 +61,7 @@ class Overlapped(Pipeline):
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"):
             started = _copy(arrays, stretches)
             average = _copy(started, stretches)
-            for stage in self._stages:
-                stage.prepare(now, average)
+            self._prepare(now, average, due)
             sent = [(chunk, self._out(chunk, average, self._room(chunk), weight)) for chunk in due]
         self.timings.lap("pack")
         self.survivors.agree()
@@ -71,7 +70,7 @@ class Overlapped(Pipeline):
             with np.errstate(over="ignore", invalid="ignore"):
                 for chunk, values in sent:
                     self._back(chunk, average, reducer.sum(chunk, values))
-                return self._measure(weight, ranks, due)
+                return self._measure(self._drift.squared(average), weight, ranks, due)
 
         self._flight = Pipeline.latest = _Flight(fly, Pipeline.latest)
         self._begun = started, average, stretches, ranks, due

@@ -12,11 +12,12 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from hvd_localsgd.core import huge_pages, layout
+from hvd_localsgd.core.drift import Drift
 from hvd_localsgd.core.guards import Anchor
 from hvd_localsgd.core.layout import Array, Block, Chunk
 from hvd_localsgd.core.reducers import Reducer
 from hvd_localsgd.core.schedules import Now
-from hvd_localsgd.core.stages import Drift, Stage, Weigh
+from hvd_localsgd.core.stages import Stage, Weigh
 from hvd_localsgd.core.state import State, below, under
 from hvd_localsgd.core.survivors import Survivors
 from hvd_localsgd.core.timing import Timings
@@ -122,9 +123,9 @@ class Pipeline:
         self.memory, self.timings, self.survivors, self._parts = memory, timings, survivors, parts
         self.reducer: Reducer | None = None
         self._choose = choose
-        self._weigh, self._drift = Weigh(scale), Drift()
+        self._weigh = Weigh(scale)
         self._anchor = next((stage for stage in outer if isinstance(stage, Anchor)), None)
-        self._stages: tuple[Stage, ...] = (*outer, self._drift, *stages)
+        self._stages: tuple[Stage, ...] = (*outer, *stages)
         self._outcome = Outcome()
         self._carried: State = {}  # what a reducer kept, on to the one after it
 
@@ -150,7 +151,7 @@ class Pipeline:
         if self.reducer is None:
             return
         self._plan = layout.plan(blocks, self.reducer.chunk_bytes, self._parts)
-        self._everywhere = layout.stretches(self._plan)
+        self._everywhere, self._drift = layout.stretches(self._plan), Drift(self._plan)
         packed = (chunk.elements * chunk.dtype.itemsize for chunk in self._plan if not chunk.direct)
         self._scratch = np.zeros(max(packed, default=0), np.uint8)
         with self.memory.open() as arrays:
@@ -190,8 +191,7 @@ class Pipeline:
         with self.memory.open() as arrays, np.errstate(over="ignore", invalid="ignore"), self._undone(arrays):
             if blank:
                 self.memory.clear(arrays)
-            for stage in self._stages:
-                stage.prepare(now, arrays)
+            self._prepare(now, arrays, due)
             for chunk in due:
                 values = self._out(chunk, arrays, self._scratch, weight)
                 if reducer.one_sided and self._weigh.found:
@@ -202,7 +202,9 @@ class Pipeline:
                 lap("communicate")
                 self._back(chunk, arrays, values)
                 lap("unpack")
-            self._outcome = self._measure(weight, ranks, due)
+            squared = self._drift.squared(arrays)
+            lap("unpack")
+            self._outcome = self._measure(squared, weight, ranks, due)
             self.survivors.agree()
             lap("communicate")
             self._close(arrays, ranks, due)
@@ -238,6 +240,11 @@ class Pipeline:
     def _due(self, now: Now) -> list[Chunk]:
         return [chunk for chunk in self._plan if chunk.part in now.parts and now.round % chunk.every == 0]
 
+    def _prepare(self, now: Now, arrays: Sequence[Array], due: Sequence[Chunk]) -> None:
+        for stage in self._stages:
+            stage.prepare(now, arrays)
+        self._drift.look(arrays, due)
+
     def _out(self, chunk: Chunk, arrays: Sequence[Array], scratch: np.ndarray, weight: float) -> Array:
         values = chunk.load(arrays, scratch)
         for stage in self._stages:
@@ -257,10 +264,10 @@ class Pipeline:
             stage.close(arrays, averaged)
             self.timings.lap(stage.part)
 
-    def _measure(self, weight: float, ranks: int, due: Sequence[Chunk]) -> Outcome:
+    def _measure(self, squared: float, weight: float, ranks: int, due: Sequence[Chunk]) -> Outcome:
         assert self.reducer is not None
-        squared = self._drift.squared() / max(ranks, 1) if weight else 0.0
-        total = self.reducer.total(math.nan if self._weigh.found else squared)
+        share = squared / max(ranks, 1) if weight else 0.0
+        total = self.reducer.total(math.nan if self._weigh.found else share)
         drift = math.sqrt(total) if total >= 0 else math.nan
         return Outcome(drift, sum(map(self.reducer.bytes, due)), error=self.reducer.error)
 

@@ -11,8 +11,6 @@ from hvd_localsgd.core.layout import Array, Block, Chunk, Stretch
 from hvd_localsgd.core.schedules import Now
 from hvd_localsgd.core.state import State, numbered, put_back
 
-DRIFT_SAMPLE = 1 << 16  # elements; the drift of larger models is estimated from the beginning of every chunk
-
 
 class Stage:
     """May change values in place, and returns what goes on. What it keeps, it keeps by block: chunk sizes are measured.
@@ -155,35 +153,3 @@ class Weigh:
             if unfinite.any():
                 self.found = index, own.start + int(unfinite.argmax())
                 return
-
-
-class Drift(Stage):
-    """How far this rank is from the average. It sees what was, and what is: outermost of all."""
-
-    def start(self, blocks: Sequence[Block], arrays: Sequence[Array]) -> None:
-        """How much of each chunk to look at."""
-        self._share = min(1.0, DRIFT_SAMPLE / max(sum(block.size for block in blocks), 1))
-        self._distance, self._sampled, self._elements = 0.0, 0, 0
-        self._before: dict[int, np.ndarray] = {}  # by chunk, on their way
-
-    def send(self, chunk: Chunk, values: Array) -> Array:
-        """A copy of its beginning."""
-        self._elements += chunk.elements
-        self._before[chunk.number] = np.array(values[: math.ceil(chunk.elements * self._share)])
-        return values
-
-    def receive(self, chunk: Chunk, values: Array) -> Array:
-        """The distance from it."""
-        before = self._before.pop(chunk.number)
-        before -= np.asarray(values[: before.size])
-        self._distance += float(np.dot(before, before))
-        self._sampled += before.size
-        return values
-
-    def prepare(self, now: Now, arrays: Sequence[Array]) -> None:
-        """Nothing is left of a sync that was broken off."""
-        self._distance, self._sampled, self._elements = 0.0, 0, 0
-
-    def squared(self) -> float:
-        """|x_k - average|^2 of this sync, estimated where the model is large."""
-        return self._distance * self._elements / max(self._sampled, 1)

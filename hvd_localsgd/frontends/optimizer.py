@@ -119,8 +119,9 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
             super().build(variables)
             # Counted here, not read from the inner optimizer, whose iterations stand still when a step is skipped.
             self._steps = self.add_variable((), "zeros", "int64", "only_first_replica", name="local_steps")
-            self._next_sync = self.add_variable((), "zeros", "int64", "only_first_replica", name="next_sync")
-            self._set_next_sync(-1)  # nobody has begun
+            # After so many the next one is its round's last; -1: nobody has begun.
+            self._before_sync = self.add_variable((), "zeros", "int64", "only_first_replica", name="before_sync")
+            _assign(self._before_sync, -1)
             if self.settings.weighting == "samples":
                 self._samples = self.add_variable((), "zeros", "int64", "sum", name="samples")
             if self._variates is not None:  # not saved with a model: a training begins with zeros
@@ -133,13 +134,13 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         if not self.built:
             self.build(list(trainable_variables or []))
         gradient = next((g for g in reversed(grads) if g is not None), ())  # none: the inner optimizer says so
-        dropped = _maybe_merge_call(self._begin_if_due, tf.distribute.get_strategy(), gradient)
+        dropped, due = _maybe_merge_call(self._begin_if_due, tf.distribute.get_strategy(), gradient)
         if self.settings.weighting == "samples":
             self._count_batch()
         rate = self._rate()  # of this step; afterwards a schedule gives the next one's
         if not dropped:
             self.inner_optimizer.apply(self._corrected(grads, trainable_variables), trainable_variables)
-        _maybe_merge_call(self._count_step, tf.distribute.get_strategy(), gradient, rate)
+        _maybe_merge_call(self._count_step, tf.distribute.get_strategy(), due, gradient, rate)
 
     def _corrected(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None) -> Sequence[Any]:
         """With ``control_variates``, gradient - correction, dense, since a correction is.
@@ -181,8 +182,8 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
             )
         self._samples.value.assign_add(tf.shape(keras.tree.flatten(data)[0], out_type=tf.int64)[0])
 
-    def _count_step(self, strategy: Any, gradient: Any, rate: Any) -> None:
-        """In cross-replica context, once per step in which every replica has taken part.
+    def _count_step(self, strategy: Any, due: Any, gradient: Any, rate: Any) -> None:
+        """In cross-replica context, once per step in which every replica has taken part; ``due`` as ``_begin_if_due`` gave it.
 
         A graph must not count before there is a gradient: where data end it is run once more, and stops when it asks for a batch.
         """
@@ -190,14 +191,17 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
             self._steps.value.assign_add(1)
             if self._variates is not None:
                 self._rates.assign_add(strategy.experimental_local_results(rate)[0])
-        due = self._steps.value >= self._next_sync.value
-        if not tf.executing_eagerly():
-            graph.call_if(due, self._end_of_round, self._touched(), self._memory)
-        elif due:
+        if tf.executing_eagerly():
             self._end_of_round()
+        else:
+            graph.call_if(
+                strategy.experimental_local_results(due)[0], self._end_of_round, self._touched(), self._memory
+            )
 
     def _end_of_round(self) -> None:
-        """A sync; unless this is only the step that a rank takes back with which it began at weights of its own."""
+        """A sync, if the round is over; unless this is only the step that a rank takes back with which it began at weights of its own."""
+        if _number(self._steps) <= _number(self._before_sync):
+            return
         if self._take_back is not None:
             self._memory.restore(self._take_back)
             self._take_back = None
@@ -234,10 +238,10 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
                 _assign(correction, self._variates.correction(place).reshape(tuple(correction.shape)))
 
     def _samples_so_far(self) -> int:
-        return sum(int(components(v)[0].numpy()) for v in self._counters()[2:])
+        return sum(map(_number, self._counters()[2:]))
 
     def _counters(self) -> list[Any]:
-        return [self._steps, self._next_sync, *([self._samples] if hasattr(self, "_samples") else [])]
+        return [self._steps, self._before_sync, *([self._samples] if hasattr(self, "_samples") else [])]
 
     def _touched(self) -> list[Any]:
         """Every variable that a sync reads or writes."""
@@ -263,33 +267,39 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         def skip_and_count() -> None:
             skip()
             strategy = tf.distribute.get_strategy()
-            self._begin_if_due(strategy, ())
-            self._count_step(strategy, (), self._rate())
+            _, due = self._begin_if_due(strategy, ())
+            self._count_step(strategy, due, (), self._rate())
 
         wrapper._stateful_handle_non_finite_grads = skip_and_count
 
     # Training as a whole.
 
-    def _begin_if_due(self, strategy: Any, gradient: Any) -> bool:
+    def _begin_if_due(self, strategy: Any, gradient: Any) -> tuple[bool, Any]:
         """In cross-replica context, before a step: begin a training if none is going on.
 
         When the step runs, not when it is traced: a function is traced once, and runs in any number of trainings. There is a
         gradient by then, for where no batch comes no training begins. A rank that had rank 0's weights goes on with it, and with
         the statistics that the forward pass has updated, its own; one that had not takes both from rank 0, and its gradient,
-        taken elsewhere, is lost: whether it is to be dropped here; in a graph the step is taken back when it is over.
+        taken elsewhere, is lost.
+
+        Returns:
+            Whether that gradient is to be dropped here; in a graph the step is taken back when it is over. And, in a graph, whether
+            the step ends a round or begins a training, which is found out beside what makes the gradient: it need not wait.
         """
         if not tf.executing_eagerly():
             with tf.init_scope():
                 self._make_engine()
             touched = [*self._start(), *self._statistics, *self._touched()]
             touched = list({id(v): v for v in touched}.values())
+            before_sync = tf.convert_to_tensor(self._before_sync.value)
+            due, nobody_has_begun = self._steps.value >= before_sync, before_sync < 0
             with _after(strategy, gradient):
-                graph.call_if(self._next_sync.value < 0, self._begin_in_graph, touched)
-            return False
+                graph.call_if(nobody_has_begun, self._begin_in_graph, touched)
+            return False, due
         if self._in_training:
-            return False
+            return False, ()
         self._make_engine()
-        return self._begin()
+        return self._begin(), ()
 
     def _begin_in_graph(self) -> None:
         with self._memory.lent([]):
@@ -371,16 +381,16 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
             self._engine.keeper.waits = False  # no step is under way
             self._engine.finish()
             self._in_training = False
-            self._set_next_sync(-1)  # the next step, whenever it comes, begins
+            _assign(self._before_sync, -1)  # the next step, whenever it comes, begins
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def go_on(self, where: dict[str, Any]) -> None:
         """A checkpoint has been loaded: the next step begins a training, from there."""
         self._in_training = False
-        self._set_next_sync(-1)
+        _assign(self._before_sync, -1)
 
     def _updates(self) -> int:
-        return int(components(self._steps)[0].numpy()) // self._steps_per_update
+        return _number(self._steps) // self._steps_per_update
 
     @property
     def _steps_per_update(self) -> int:
@@ -388,10 +398,8 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
 
     def _set_next_sync(self, updates: int | None = None) -> None:
         if updates is None:
-            updates = min(
-                self._engine.progress.total + self._engine.progress.next_step, sys.maxsize // self._steps_per_update
-            )
-        _assign(self._next_sync, updates * self._steps_per_update)
+            updates = self._engine.progress.total + self._engine.progress.next_step
+        _assign(self._before_sync, min(updates * self._steps_per_update, sys.maxsize) - 1)
 
     # Everything else is the inner optimizer's.
 
@@ -434,7 +442,7 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
                 variable.assign(store[variable.name])
         self._in_training = False
         if self.built:
-            _assign(self._next_sync, -1)  # which a LossScaleOptimizer around this one has loaded too
+            _assign(self._before_sync, -1)  # which a LossScaleOptimizer around this one has loaded too
         elif left := saved - {variable.name for variable in self._variables}:
             warnings.warn(
                 f"The file has more of {self.name!r} than is loaded ({', '.join(sorted(left))}), because the optimizer is "
@@ -470,6 +478,10 @@ def _after(strategy: Any, gradient: Any) -> AbstractContextManager[Any]:
     """What a graph makes in here waits until every replica has this gradient."""
     parts = strategy.experimental_local_results(gradient)
     return tf.control_dependencies(tf.nest.flatten(parts, expand_composites=True))
+
+
+def _number(variable: Any) -> int:
+    return int(components(variable)[0].numpy())
 
 
 def _assign(variable: Any, value: Any) -> None:

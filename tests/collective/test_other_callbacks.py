@@ -155,7 +155,7 @@ class Start(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if self.held is None:
             variables = [*self.model.variables, *self.model.optimizer.variables]
-            self.held = [v.numpy() for v in variables if "seed" not in v.path and "next_sync" not in v.path]
+            self.held = [v.numpy() for v in variables if "seed" not in v.path and "before_sync" not in v.path]
             self.seed = next(v.numpy() for v in self.model.variables if "seed" in v.path)
 
 
@@ -195,7 +195,9 @@ def reference_of(model, values):
     """What a backup has of them; the optimizer's last sync came before it (H = 2, 4 batches)."""
     variables = [*model.variables, *model.optimizer.variables]
     return [
-        value for v, value in zip(variables, values, strict=True) if "seed" not in v.path and "next_sync" not in v.path
+        value
+        for v, value in zip(variables, values, strict=True)
+        if "seed" not in v.path and "before_sync" not in v.path
     ]
 
 

@@ -56,7 +56,7 @@ def train(lsgd, model, epochs=1, **arguments):
 
 def assert_same_state(mine, other):
     for one, another in zip(mine.variables, other.variables, strict=True):
-        if one.name != "next_sync":  # which a training decides when it begins
+        if one.name != "before_sync":  # which a training decides when it begins
             np.testing.assert_array_equal(one.numpy(), another.numpy(), err_msg=one.path)
 
 

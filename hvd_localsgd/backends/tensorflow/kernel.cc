@@ -147,6 +147,9 @@ class RunIf : public AsyncOpKernel {
     OP_REQUIRES_OK(context, context->GetAttr("then", &then_));
   }
 
+  // Most of the time there is nothing to do: not worth another thread.
+  bool IsExpensive() override { return false; }
+
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
     if (!context->input(0).scalar<bool>()()) {
       done();
