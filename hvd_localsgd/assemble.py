@@ -97,6 +97,7 @@ def engine(
     pairs: Sequence[tuple[Any, Any]] = (),
     variates: Variates | None = None,
     reducer: Callable[[Communicator], Reducer] | None = None,
+    count_pending: Callable[[], None] = lambda: None,
 ) -> LocalSGD:
     """The engine that does what the settings say.
 
@@ -110,6 +111,7 @@ def engine(
         pairs: variables that hold means, and those that hold the variances around them.
         variates: as ``variates`` has made them.
         reducer: makes the reducer; None: the fastest is measured.
+        count_pending: tells the engine of steps that it has not been told of yet.
 
     Raises:
         CommunicatorError: overlap needs a second thread, which may not call this MPI library.
@@ -142,7 +144,7 @@ def engine(
     kind = Overlapped if settings.overlap else Pipeline
     pipeline = kind(memory, choose, outer, more, timings, survivors, native.scale, settings.fragments)
     averages = Averages(settings, coordination, pipeline, timings, survivors)
-    return LocalSGD(settings, communicator, coordination, averages, finish_at_exit)
+    return LocalSGD(settings, communicator, coordination, averages, finish_at_exit, count_pending)
 
 
 # Made once: MPI has room for some thousands. Averages go one after another, so that several models can use the same.

@@ -92,11 +92,10 @@ class ModelAverager(Recorded):
         if self._engine is None:
             self._engine = self._make_engine()
         if self._checkpoint is not None:
-            self._engine.keeper = self._checkpoint
             self._checkpoint.resume(self._engine.communicator, self._kept())
         self._check_told(self.settings.needs - {"loss"})
         self._engine.tell(**self._told)
-        self._engine.begin(context=Context({"front end": type(self).__name__}))
+        self._engine.begin(context=Context({"front end": type(self).__name__}), keeper=self._checkpoint)
         if self._variates is not None:
             self.corrections = [self._correction(variable) for variable in self._variables]
         self._training = True

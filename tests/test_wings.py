@@ -1,5 +1,6 @@
 """The house is as docs/architecture.md draws it: who imports whom, and what is not loaded."""
 
+import ast
 import re
 import sys
 
@@ -48,6 +49,18 @@ def test_arrows_only_go_down(root):
     while lowest := {target for _, target in arrows} - {source for source, _ in arrows}:
         arrows = {(source, target) for source, target in arrows if target not in lowest}
     assert not arrows, "in a circle"
+
+
+def test_front_ends_write_nothing_of_the_engines():
+    package = launched.ROOT / PACKAGE
+    written = {
+        f"{path.name}: {ast.unparse(target)}"
+        for path in [*sorted((package / "frontends").glob("*.py")), package / "averager.py"]
+        for target in ast.walk(ast.parse(path.read_text()))
+        if isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store)
+        if ast.unparse(target.value).split(".")[-1] in ("engine", "_engine")
+    }
+    assert not written, "the engine is told by calls"
 
 
 def run_without(modules: tuple[str, ...], program: str) -> launched.Result:

@@ -13,7 +13,7 @@ steps, until all ranks are as far as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvd_localsgd.core import agreement, failures, header, protocol
@@ -35,24 +35,25 @@ class LocalSGD:
         coordination: Coordination,
         averages: Averages,
         finish_at_exit: bool,
+        count_pending: Callable[[], None],
     ) -> None:
-        self.communicator, self.finish_at_exit = communicator, finish_at_exit  # for failures
-        communicator.seen = header.seen
-        self.number, self.count_pending = failures.number(communicator), lambda: None
+        # For failures.
+        self.communicator, self.finish_at_exit, self.count_pending = communicator, finish_at_exit, count_pending
+        communicator.seen, self.number = header.seen, failures.number(communicator)
         self.thread, self.goes_on = threading.get_ident(), averages.survivors.go_on
         self.overlaps = settings.overlap > 0
         self.progress = averages.progress  # for front ends, to be read
-        self.keeper = Keeper()  # of checkpoints; a front end has another
         self._settings, self._coordination, self._averages = settings, coordination, averages
         self._timings = averages.timings
 
-    def begin(self, total: int | None = None, context: Context = NOTHING) -> bool:
+    def begin(self, total: int | None = None, context: Context = NOTHING, keeper: Keeper | None = None) -> bool:
         """The same start everywhere: all ranks agree on what will be sent, then get rank 0's values.
 
         Returns whether that changed, on this rank, what is averaged. ``total``: local steps taken before, if not counted here;
-        rank 0's counts. ``context``: what must be the same besides settings and variables. Raises, on every rank, ValueError
-        naming the first difference; RankFailed if another is in the middle of training.
+        rank 0's counts. ``context``: what must be the same besides settings and variables. ``keeper``: of checkpoints. Raises, on
+        every rank, ValueError naming the first difference; RankFailed if another is in the middle of training.
         """
+        self.keeper = keeper or Keeper()
         description = agreement.describe(self._settings, self._averages.memory.description(), context)
         self._who = {"engine": self.number, "model": agreement.fingerprint(description)}
         own = header.row(**self._who, position=BEGIN, finite=True, **self.progress.seen)

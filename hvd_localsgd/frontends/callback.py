@@ -155,9 +155,8 @@ class LocalSGDCallback(Tabled, Callback):
         steps = self._steps_before()
         brought = 0 if steps is None else keras_state.brought(model.optimizer, steps)
         self._tell()
-        self._engine.keeper = self.keeper or Keeper()
         updates = 0 if model.optimizer is None else self._updates_done()
-        self._engine.begin(steps, Context(facts, parts, brought, updates))
+        self._engine.begin(steps, Context(facts, parts, brought, updates), self.keeper)
         keras_state.finalize(model)
         self._warn_about_steps_per_execution()
         if devices.rank() == 0:

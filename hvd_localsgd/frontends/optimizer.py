@@ -317,8 +317,7 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         steps = self._updates()  # more than zero after loading from a file
         context = Context({"front end": type(self).__name__}, parts, keras_state.brought(self, steps))
         self._tell()
-        self._engine.keeper = self.keeper or Keeper()
-        moved = self._engine.begin(steps, context)
+        moved = self._engine.begin(steps, context, self.keeper)
         self._in_training, self._take_back = True, None
         if self._variates is not None:
             _assign(self._rates, 0.0)
@@ -362,8 +361,8 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
                 finish_at_exit=not compiled,
                 pairs=means_and_variances(averaged),
                 variates=self._variates,
+                count_pending=self._take_steps,
             )
-            self._engine.count_pending = self._take_steps
             if self._variates is not None:
                 sent, pairs = set(map(id, averaged)), zip(self._trainable_variables, self._corrections, strict=True)
                 self._places = [(self._memory.place(v), correction) for v, correction in pairs if id(v) in sent]
