@@ -137,12 +137,39 @@ def test_what_was_tuned_is_not_tuned_again(tmp_path, libsvm, monkeypatch):
     again = stich_w8a.Tuned(problem, libsvm[1], 300, work)
     assert again.best((1, 1, 4), 1e-9, None) is None
     steps, value, config = again.best((2, 3, 4), 0.05, None)
-    iterates = stich_w8a.simulate(problem, config, steps)
-    target = stich_w8a.Target(problem, libsvm[1], [0.05])
-    assert [step for step, x in enumerate(iterates, 1) if target.add(step, x.mean(0))] == [steps]
-    assert target.values[0.05] == value
+    simulation = stich_w8a.Simulation(problem, config)
+    simulation.advance(steps)
+    assert simulation.value() == value <= libsvm[1] + 0.05
     with pytest.raises(NameError):
         again.best((2, 3, 4), 0.04, None)
+
+
+@pytest.mark.parametrize("decaying", [False, True])
+def test_the_simulation_is_algorithm_1(libsvm, decaying):
+    import stich_w8a
+    from sklearn.datasets import load_svmlight_file
+
+    a, y = load_svmlight_file(str(libsvm[0]))
+    a, n = a.toarray(), len(y)
+    simulation = stich_w8a.Simulation(
+        stich_w8a.Problem(libsvm[0]), stich_w8a.Config(2, 3, 4, c=1 / 8, decaying=decaying)
+    )
+    draws = [np.random.default_rng([7, rank]).integers(0, n, (256, 4)) for rank in range(2)]
+    x, means = np.zeros((2, 6)), []
+    for t in range(11):
+        rate = min(32, n / 8 / (t + 1)) if decaying else 4
+        for k in range(2):
+            chosen = draws[k][t]
+            slope = -y[chosen] / (1 + np.exp(y[chosen] * (a[chosen] @ x[k])))
+            x[k] = x[k] - rate * (slope @ a[chosen] / 4 + x[k] / n)
+        if t + 1 in (3, 6, 9):
+            x[:] = x.mean(0)
+        means.append(x.mean(0))
+        if t in (0, 3, 10):
+            simulation.advance(t + 1)
+            np.testing.assert_allclose(simulation.x, x, rtol=1e-6)  # its rates are float32
+            uniform, linear, quadratic = (np.average(means, 0, np.arange(1.0, t + 2) ** p) for p in range(3))
+            np.testing.assert_allclose(simulation.averages, [uniform, linear, quadratic], rtol=1e-6)
 
 
 def test_stichs_speed_ups_are_against_one_rank_that_sends_nothing():

@@ -1,12 +1,12 @@
 """Stich (2018), section 4: logistic regression on w8a, speed-up against the number of ranks for each H.
 
 python benchmarks/papers/stich_w8a.py --data w8a.bz2 --ranks 1 2 4 8 16 --sync-every 1 2 4 8 16 --batch 4 16 --epsilon 0.02 0.01
-python benchmarks/papers/stich_w8a.py --data w8a.bz2 --epsilon 0.005 0.0001 --limit 1000000 --work runs/w8a.jsonl        hours, in pieces
+python benchmarks/papers/stich_w8a.py --data w8a.bz2 --epsilon 0.005 0.0001 --limit 10000000 --work runs/w8a.jsonl       in pieces
 python benchmarks/papers/stich_w8a.py --data w8a.bz2 --quick
 
 Any LIBSVM file with two classes will do. For every K, H and b the step size is tuned as in the paper, over min(32, c n/(t + 1)) and
 32 c for powers of two c, and the local steps T are counted until f - f* <= epsilon holds for the last iterate or one of the uniform,
-linear and quadratic averages of iterates, each averaged over ranks. Tuning is done by a simulation of Algorithm 1 in numpy; with
+linear and quadratic averages of iterates, each averaged over ranks. Tuning is done by a simulation of Algorithm 1, compiled by numba; with
 --mpi the tuned runs are then run again as Keras models on that many MPI ranks, through LocalSGDCallback, and must give the same
 iterates to 1e-6. f* is found by SciPy's Newton-CG. With --work what was tuned is kept: started again, the others follow.
 
@@ -22,11 +22,12 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,6 +36,7 @@ import report
 RHO = 25.0
 LARGEST = 32.0
 SMALLEST = -12  # of the powers of two
+_DRAWN = 256  # steps at a time
 
 
 @dataclass(frozen=True)
@@ -101,53 +103,97 @@ class Problem:
         return model
 
     def samples(self, rank: int, batch: int) -> Iterator[np.ndarray]:
-        """A worker's draws, uniform from all n, the same in simulation and on MPI ranks."""
+        """A worker's draws for some steps, of shape (steps, b): uniform from all n, the same in simulation and on MPI ranks."""
         random = np.random.default_rng([7, rank])
         while True:
-            yield from random.integers(0, self.n, (256, batch))  # many at once is faster
+            yield random.integers(0, self.n, (_DRAWN, batch))
 
 
-class Target:
-    """Follows the mean over ranks of the iterates; notes when each accuracy is reached."""
+class Simulation:
+    """Algorithm 1, all ranks at once.
 
-    def __init__(self, problem: Problem, optimum: float, epsilons: list[float]) -> None:
-        self._problem, self._goals = problem, {epsilon: optimum + epsilon for epsilon in epsilons}
-        self._averages = np.zeros((3, problem.dimension))
-        self._sums = np.zeros(3)
-        self._next = 10
-        self.steps: dict[float, int] = {}
-        self.values: dict[float, float] = {}
+    Attributes:
+        step: so many are done.
+        x: the ranks' iterates, (K, d).
+        averages: uniform, linear and quadratic, of the iterates' means over ranks, (3, d).
+    """
 
-    def add(self, step: int, iterate: np.ndarray) -> bool:
-        """The mean iterate after ``step`` steps; whether all is reached. Looked at every 3 %."""
-        weights = np.array([1.0, step, step**2])
-        self._sums += weights
-        self._averages += (weights / self._sums)[:, None] * (iterate - self._averages)
-        if step < self._next:
-            return False
-        self._next = max(step + 10, int(step * 1.03))
-        value = float(self._problem.value(np.vstack([iterate, self._averages]).T).min())
-        for epsilon, goal in self._goals.items():
-            if epsilon not in self.steps and value <= goal:
-                self.steps[epsilon], self.values[epsilon] = step, value
-        return len(self.steps) == len(self._goals) or not np.isfinite(value)
+    def __init__(self, problem: Problem, config: Config) -> None:
+        self._problem, self._config = problem, config
+        self._draws = [problem.samples(rank, config.batch) for rank in range(config.ranks)]
+        self.step = 0
+        self.x = np.zeros((config.ranks, problem.dimension))
+        self.averages, self._sums = np.zeros((3, problem.dimension)), np.zeros(3)
+
+    def advance(self, step: int) -> None:
+        """To this step."""
+        sparse, n = self._problem.sparse, self._problem.n
+        while self.step < step:
+            if (at := self.step % _DRAWN) == 0:
+                self._rows = np.stack([next(draw) for draw in self._draws], 1)
+            rows = self._rows[at : at + step - self.step]
+            rates = np.array([self._config.rate(self.step + i, n) for i in range(len(rows))])
+            _algorithm_1(
+                self.x, rows, rates, self._config.sync_every, self.step, self.averages, self._sums,
+                sparse.indptr, sparse.indices, sparse.data, self._problem.y,
+            )  # fmt: skip
+            self.step += len(rows)
+
+    def value(self) -> float:
+        """The smallest f, of the last iterates' mean and of the averages."""
+        return float(self._problem.value(np.vstack([self.x.mean(0), self.averages]).T).min())
 
 
-def simulate(problem: Problem, config: Config, limit: int) -> Iterator[np.ndarray]:
-    """Algorithm 1, all ranks at once: the iterates after each step, (K, d)."""
-    x = np.zeros((config.ranks, problem.dimension))
-    draws = [problem.samples(rank, config.batch) for rank in range(config.ranks)]
-    for step in range(limit):
-        rows = np.stack([next(draw) for draw in draws])
-        a, y = problem.dense[rows], problem.y[rows]
-        weight = -y / (1 + np.exp(y * np.einsum("kbd,kd->kb", a, x))) / config.batch
-        x = x - config.rate(step, problem.n) * (np.einsum("kbd,kb->kd", a, weight) + x / problem.n)
-        if (step + 1) % config.sync_every == 0:
-            x[:] = x.mean(0)
-        yield x
+@numba.njit
+def _algorithm_1(
+    x: np.ndarray, rows: np.ndarray, rates: np.ndarray, interval: int, first: int, averages: np.ndarray, sums: np.ndarray,
+    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, y: np.ndarray,
+) -> None:  # fmt: skip
+    steps, ranks, batch = rows.shape
+    weight = np.empty(batch)
+    for i in range(steps):
+        for k in range(ranks):
+            for b in range(batch):
+                row, product = rows[i, k, b], 0.0
+                for place in range(indptr[row], indptr[row + 1]):
+                    product += values[place] * x[k, indices[place]]
+                weight[b] = y[row] / (1 + np.exp(y[row] * product)) / batch
+            x[k] -= rates[i] * x[k] / y.size
+            for b in range(batch):
+                row = rows[i, k, b]
+                for place in range(indptr[row], indptr[row + 1]):
+                    x[k, indices[place]] += rates[i] * weight[b] * values[place]
+        step = first + i + 1
+        mean = x.sum(0) / ranks
+        if step % interval == 0:
+            x[:] = mean
+        for power in range(3):
+            sums[power] += float(step) ** power
+            averages[power] += float(step) ** power / sums[power] * (mean - averages[power])
+
+
+def looks(limit: int) -> Iterable[int]:
+    """The steps after which a simulation is looked at: every 3 %."""
+    step = 10
+    while step <= limit:
+        yield step
+        step = max(step + 10, int(step * 1.03))
 
 
 Best = tuple[int, float, Config]  # steps, the value reached, the step size
+
+
+def reach(problem: Problem, goal: float, config: Config, limit: int) -> tuple[int, float] | None:
+    """The first step at which f is small enough, and f; None if there is none."""
+    simulation = Simulation(problem, config)
+    for step in looks(limit):
+        simulation.advance(step)
+        value = simulation.value()
+        if value <= goal:
+            return step, value
+        if not math.isfinite(value):
+            break
+    return None
 
 
 def tune(
@@ -157,28 +203,14 @@ def tune(
     best: Best | None = None
     for decaying in (False, True):
         start = round(math.log2(near[2].c)) if near and near[2].decaying == decaying else -4
-        tried: dict[int, int | None] = {}
-
-        def steps(power: int, decaying: bool = decaying, tried: dict[int, int | None] = tried) -> int | None:
-            nonlocal best
-            if power not in tried:
+        for powers in (range(start, SMALLEST - 1, -1), range(start + 1, 1)):
+            misses = 0
+            for power in powers:
                 config = Config(*run, c=2.0**power, decaying=decaying)
-                target = Target(problem, optimum, [epsilon])
-                for step, x in enumerate(simulate(problem, config, best[0] if best else limit), 1):
-                    if target.add(step, x.mean(0)):
-                        break
-                tried[power] = target.steps.get(epsilon)
-                if epsilon in target.steps and (best is None or target.steps[epsilon] < best[0]):
-                    best = target.steps[epsilon], target.values[epsilon], config
-            return tried[power]
-
-        for direction in (-1, 1):
-            power, misses = start, 0
-            while misses < 2 and SMALLEST <= power <= 0:
-                before = best
-                steps(power)
-                misses = 0 if best is not before else misses + 1
-                power += direction
+                found = reach(problem, optimum + epsilon, config, best[0] - 1 if best else limit)
+                best, misses = ((*found, config), 0) if found else (best, misses + 1)
+                if misses == 2:
+                    break
     return best
 
 
@@ -254,8 +286,10 @@ def real(arguments: argparse.Namespace) -> None:
         iterates, seconds = train(problem, config, steps)
         everyone = world.gather(iterates)
         if everyone is not None:
-            simulated = enumerate(simulate(problem, config, steps))
-            difference = max(float(np.abs(x - np.stack([own[t] for own in everyone])).max()) for t, x in simulated)
+            simulation, difference = Simulation(problem, config), 0.0
+            for step in range(1, steps + 1):
+                simulation.advance(step)
+                difference = max(difference, float(np.abs(simulation.x - [own[step - 1] for own in everyone]).max()))
             results.append({"difference": difference, "seconds": seconds})
     if world.rank == 0:
         arguments.json.write_text(json.dumps(results))
@@ -269,7 +303,7 @@ def train(problem: Problem, config: Config, steps: int) -> tuple[np.ndarray, flo
     import hvd_localsgd as lsgd
 
     draws = problem.samples(lsgd.rank(), config.batch)
-    rows = np.stack([next(draws) for _ in range(steps)])
+    rows = np.concatenate([next(draws) for _ in range(-(-steps // _DRAWN))])[:steps]
     rates = tf.constant([config.rate(t, problem.n) for t in range(steps)], tf.float32)
 
     class Rate(keras.optimizers.schedules.LearningRateSchedule):

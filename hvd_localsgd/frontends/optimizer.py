@@ -64,6 +64,8 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         timings: list of ``hvd_localsgd.core.timing.Round``, this rank's latest thousand rounds, oldest first. What is not a
             sync is ``compute``: the optimizer cannot tell input from computing.
         totals: after the end of training, sums over those rounds, one dict per rank. Nothing is printed; ``print_table()`` shows them.
+        corrections: with ``control_variates``, once built, a variable for each trainable one: what is subtracted from its gradients. Zero
+            at first; every sync changes them.
 
     Raises:
         ValueError: an argument is not one of the above; in the first step: ranks hold different models or settings.
@@ -126,7 +128,7 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
                 self._samples = self.add_variable((), "zeros", "int64", "sum", name="samples")
             if self._variates is not None:  # not saved with a model: a training begins with zeros
                 self._rates = _zeros((), tf.float32)
-                self._corrections = [_zeros(v.shape, v.dtype) for v in self._trainable_variables]
+                self.corrections = [_zeros(v.shape, v.dtype) for v in self._trainable_variables]
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """The inner optimizer's step; a sync with the other ranks if the round is over."""
@@ -153,7 +155,7 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         corrected = []
         for gradient, variable in zip(grads, trainable_variables or self._trainable_variables, strict=True):
             if gradient is not None:
-                correction = self._corrections[self._get_variable_index(variable)] * share
+                correction = self.corrections[self._get_variable_index(variable)] * share
                 gradient = tf.convert_to_tensor(gradient) - self.scale_loss(correction)
             corrected.append(gradient)
         return corrected
@@ -247,7 +249,7 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         """Every variable that a sync reads or writes."""
         resets = self._resets or self.settings.on_nonfinite == "rollback"
         state = self._state.variables if resets else []
-        variates = [self._rates, *self._corrections] if self._variates is not None else []
+        variates = [self._rates, *self.corrections] if self._variates is not None else []
         return [*self._memory.variables, *state, *self._counters(), *variates]
 
     def _notice_loss_scaling(self) -> None:
@@ -364,7 +366,7 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
                 count_pending=self._take_steps,
             )
             if self._variates is not None:
-                sent, pairs = set(map(id, averaged)), zip(self._trainable_variables, self._corrections, strict=True)
+                sent, pairs = set(map(id, averaged)), zip(self._trainable_variables, self.corrections, strict=True)
                 self._places = [(self._memory.place(v), correction) for v, correction in pairs if id(v) in sent]
         own = [] if self._resets else [v for v in self._state.variables if id(v) not in every]
         self._memory.prepare(self._start(), self._settle, self._statistics, self._state.reset, own)

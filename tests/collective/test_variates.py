@@ -112,7 +112,7 @@ INNER = {
 def assert_follows(lsgd, gather, optimizer, model, rates, interval=H):
     start = [w.astype("float64") for w in reference.make_model(False).get_weights()]
     *_, (x, deltas) = vrl(lsgd.size(), rates, dense_gradients, start, interval)
-    corrections = [np.array(correction) for correction in optimizer._corrections]
+    corrections = [np.array(correction) for correction in optimizer.corrections]
     for weight, correction, mine, delta in zip(
         model.get_weights(), corrections, x[lsgd.rank()], deltas[lsgd.rank()], strict=True
     ):
@@ -180,7 +180,7 @@ def test_a_new_training_begins_with_zeros_and_no_file_has_them(lsgd, gather, tmp
     model = reference.compiled(optimizer, False)
     x, y = reference.data(lsgd.rank(), BATCHES, BATCH)
     run("fit", model, x[: 5 * BATCH], y[: 5 * BATCH])
-    assert lsgd.size() == 1 or any(np.any(c) for c in optimizer._corrections)
+    assert lsgd.size() == 1 or any(np.any(c) for c in optimizer.corrections)
     model.save(tmp_path / f"{lsgd.rank()}.keras")
     loaded = keras.models.load_model(tmp_path / f"{lsgd.rank()}.keras")
     assert loaded.optimizer.settings.control_variates
@@ -230,7 +230,7 @@ def test_what_is_not_averaged_is_not_corrected_nor_are_statistics(lsgd, gather):
     )
     model.compile(optimizer, "mse")
     run("fit", model, *reference.data(lsgd.rank(), 7))
-    for variable, correction in zip(model.trainable_variables, optimizer._corrections, strict=True):
+    for variable, correction in zip(model.trainable_variables, optimizer.corrections, strict=True):
         corrected = lsgd.size() > 1 and "bias" not in variable.path
         assert np.any(correction) == corrected, variable.path
     for variable in model.non_trainable_variables:
