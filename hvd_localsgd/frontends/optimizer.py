@@ -250,7 +250,8 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
         resets = self._resets or self.settings.on_nonfinite == "rollback"
         state = self._state.variables if resets else []
         variates = [self._rates, *self.corrections] if self._variates is not None else []
-        rate = [keras_state.innermost(self).iterations] if self.settings.needs else []  # of which a schedule makes it
+        # Of the rate, which may be a schedule's: what counts its steps.
+        rate = [v for v in self.inner_optimizer.variables if not len(v.shape)] if self.settings.needs else []
         return [*self._memory.variables, *state, *self._counters(), *variates, *rate]
 
     def _notice_loss_scaling(self) -> None:
