@@ -138,6 +138,9 @@ def test_what_was_tuned_is_not_tuned_again(tmp_path, libsvm, monkeypatch):
     assert again.best((1, 1, 4), 1e-9, None) is None
     steps, value, config = again.best((2, 3, 4), 0.05, None)
     simulation = stich_w8a.Simulation(problem, config)
+    for step in stich_w8a.looks(steps - 1):
+        simulation.advance(step)
+        assert simulation.value() > libsvm[1] + 0.05, "it is the first step that is near enough"
     simulation.advance(steps)
     assert simulation.value() == value <= libsvm[1] + 0.05
     with pytest.raises(NameError):

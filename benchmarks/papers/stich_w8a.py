@@ -1,7 +1,7 @@
 """Stich (2018), section 4: logistic regression on w8a, speed-up against the number of ranks for each H.
 
 python benchmarks/papers/stich_w8a.py --data w8a.bz2 --ranks 1 2 4 8 16 --sync-every 1 2 4 8 16 --batch 4 16 --epsilon 0.02 0.01
-python benchmarks/papers/stich_w8a.py --data w8a.bz2 --epsilon 0.005 0.0001 --limit 10000000 --work runs/w8a.jsonl       in pieces
+python benchmarks/papers/stich_w8a.py --data w8a.bz2 --epsilon 0.005 0.0001 --limit 4000000 --work runs/w8a.jsonl       in pieces
 python benchmarks/papers/stich_w8a.py --data w8a.bz2 --quick
 
 Any LIBSVM file with two classes will do. For every K, H and b the step size is tuned as in the paper, over min(32, c n/(t + 1)) and
@@ -22,7 +22,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def _algorithm_1(
             averages[power] += float(step) ** power / sums[power] * (mean - averages[power])
 
 
-def looks(limit: int) -> Iterable[int]:
+def looks(limit: int) -> Iterator[int]:
     """The steps after which a simulation is looked at: every 3 %."""
     step = 10
     while step <= limit:

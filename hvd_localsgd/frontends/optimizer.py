@@ -294,7 +294,6 @@ class LocalSGDOptimizer(Tabled, keras.optimizers.Optimizer):
             with tf.init_scope():
                 self._make_engine()
             touched = [*self._start(), *self._statistics, *self._touched()]
-            touched = list({id(v): v for v in touched}.values())
             before_sync = tf.convert_to_tensor(self._before_sync.value)
             due, nobody_has_begun = self._steps.value >= before_sync, before_sync < 0
             with _after(strategy, gradient):

@@ -27,7 +27,8 @@ def call_if(
         touched: every variable that it reads or writes.
         memory: is read and written by the graph, around the call.
     """
-    parts = [component for variable in touched for component in components(variable)]
+    # Each once: the rate's scalars, for one, may be averaged as well.
+    parts = list({id(component): component for variable in touched for component in components(variable)}.values())
     parts.append(components(_order(parts[0].device))[0])  # under a strategy it has been made for each replica
     devices = {part.device for part in parts}
     if len(devices) > 1:
